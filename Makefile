@@ -1,0 +1,42 @@
+# Two commands for a bare machine with Python >= 3.11: `make reproduce` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SCALE ?= quick
+OUT ?= results
+
+.PHONY: reproduce test test-slow lint types notebooks benchmark clean
+
+# A virtual environment with the pinned versions; rebuilt when the pins change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('tts_jax needs Python 3.11 or newer, this is ' + sys.version) if sys.version_info < (3, 11) else 0"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+reproduce: $(VENV)/.installed
+	$(BIN)/tts-jax reproduce all --scale $(SCALE) --out $(OUT)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright
+
+notebooks: $(VENV)/.installed
+	cd notebooks && for f in *.py; do MPLBACKEND=agg ../$(BIN)/jupytext --to ipynb --execute --output ../$(OUT)/$${f%.py}.ipynb $$f || exit 1; done
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/flow.py
+	$(BIN)/python benchmarks/sgd.py
+
+clean:
+	rm -rf $(VENV) results

@@ -1,0 +1,103 @@
+"""What depends on the JAX release and the machine: flags, compiler options, devices, fences.
+
+Everything here only makes things faster. Without it every answer is the same up to rounding.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, PyTree
+
+from tts_jax._types import Array
+
+
+# Compile a loop over small arrays as one function instead of one call per operation; keep its
+# inner loops rolled, so that they vectorise; let one pass over the data write several results.
+_LOOP_OPTIONS = (
+    "xla_cpu_small_while_loop_byte_threshold=1000000000",
+    "xla_cpu_disable_loop_unrolling",
+    "xla_cpu_use_multi_output_fusion",
+)
+
+
+def cores() -> int:
+    """The number of cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def configure_cpu() -> bool:
+    """Make XLA fast on small loops and show one CPU device per core; for programs, not libraries.
+
+    Acts on the whole process, and only before JAX's backend starts: call it before the first
+    JAX operation. What the user has set in `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES` stays. The
+    library never calls this; the command line does.
+
+    Returns:
+        Whether the backend had not started yet, so that the settings count.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    own = getattr(jax.config, "jax_num_cpu_devices", -1)
+    try:
+        # JAX refuses a new number once the backend runs: the only public way to ask
+        jax.config.update("jax_num_cpu_devices", own + 2)
+    except RuntimeError:
+        return False
+    is_set = own != -1 or "xla_force_host_platform_device_count" in flags
+    jax.config.update("jax_num_cpu_devices", own if is_set else cores())
+    if "xla_backend_extra_options" not in flags:
+        option = f"--xla_backend_extra_options={','.join(_LOOP_OPTIONS)}"
+        os.environ["XLA_FLAGS"] = f"{flags} {option}".strip()
+    return True
+
+
+def loop_compiler_options(platform: str) -> dict[str, Any]:
+    """Options for `jax.jit(compiler_options=...)` of the lane loops."""
+    return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
+
+
+def fenced_scale(
+    values: Float[Array, " lanes"], inverse: Float[Array, " lanes"]
+) -> Float[Array, " lanes"]:
+    """`values / inverse`, computed once however many consumers it has.
+
+    XLA repeats cheap arithmetic inside each consumer: a residual would be summed again for
+    every neuron. It does not repeat a division, so the scaling is written as one.
+    """
+    return values / inverse
+
+
+def lane_mesh(devices: Sequence[Any]) -> Mesh:
+    """A one-axis mesh over `devices`."""
+    return Mesh(np.asarray(devices), ("devices",))
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree[Array]:
+    """Put every leaf on the devices of `mesh`, cut along its leading axis."""
+    if mesh.size == 1:
+        return jax.device_put(tree, mesh.devices.flat[0])
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("devices")))
+
+
+def over_devices(function: Callable, mesh: Mesh, split: Sequence[bool]) -> Callable:
+    """`function` on each device with its slice of the arguments marked in `split`.
+
+    Marked arguments, and all results, are cut along the leading axis of every leaf, whose size
+    must be a multiple of the number of devices; the others are seen whole by every device.
+    """
+    if mesh.size == 1:
+        return function
+    specs = tuple(PartitionSpec("devices") if cut else PartitionSpec() for cut in split)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec("devices"),
+        check_vma=False,
+    )

@@ -1,0 +1,324 @@
+"""The gradient flow at finite ε: a stiff singular-perturbation ODE in slow time, by Diffrax."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+from jaxtyping import ArrayLike, Float, PyTree
+
+from tts_jax import _checks
+from tts_jax._precision import double_precision, require_double_precision
+from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._rosenbrock import Rodas5P
+from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
+from tts_jax._types import Array
+
+
+# Above this ε the explicit solver needs less time than the stiff one (see benchmarks/flow.py).
+EXPLICIT_ABOVE = 1e-2
+
+SolverName = Literal["auto", "rodas5p", "kvaerno5", "tsit5"]
+
+
+@double_precision
+def flow(
+    problem: AbstractProblem,
+    state: State,
+    *,
+    epsilon: Float[ArrayLike, "..."],
+    tau: Float[ArrayLike, " T"],
+    rtol: float = 1e-7,
+    atol: float = 1e-7,
+    solver: SolverName | diffrax.AbstractSolver = "auto",
+    max_steps: int = 20_000,
+    throw: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    progress_meter: diffrax.AbstractProgressMeter | None = None,
+) -> Trajectory:
+    """Solve the gradient flow ε dy/dτ = −∇_y g, dx/dτ = V from τ = 0.
+
+    Args:
+        problem: the two-timescale problem.
+        state: the start, with any leading batch axes.
+        epsilon: timescale separation ε > 0; a scalar or an array that broadcasts against the
+            batch axes of `state`.
+        tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
+        rtol: relative tolerance of one step.
+        atol: absolute tolerance of one step, in the units of the state.
+        solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
+            solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
+            solver, or `"auto"`: Tsit5 when every ε is known and at least 1e-2, else Rodas5P.
+        max_steps: step limit of one lane.
+        throw: raise on the first failure instead of returning its status.
+        adjoint: how Diffrax differentiates through the solve; its default suits reverse mode,
+            `diffrax.ForwardMode()` is needed for forward mode.
+        progress_meter: a Diffrax progress meter, for example `diffrax.TqdmProgressMeter()`.
+
+    Returns:
+        A `Trajectory` whose batch axes are those of `state` and `epsilon`, broadcast. Its
+        `.stats` are `steps`, `accepted` and `rejected` per lane. A lane that fails has a
+        status, and NaN after the time where it failed; other lanes do not notice.
+
+    Raises:
+        ValueError: an argument is out of range or has the wrong shape.
+        RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
+    """
+    require_double_precision("flow", state, epsilon, tau)
+    remedy = "ε is the ratio of the slow to the fast learning rate; for ε = 0 use `limit`."
+    _checks.positive("epsilon", epsilon, remedy)
+    check_finite_start(state)
+    epsilon = jnp.asarray(epsilon, jnp.float64)
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    solver, solver_name = _choose_solver(solver, epsilon)
+    run = Run(
+        problem,
+        tau,
+        solver,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        adjoint=adjoint,
+        progress_meter=progress_meter,
+    )
+    answer, names = solve_lanes(problem, _solve_lane, state, epsilon, problem, run)
+    trajectory = record(
+        problem,
+        method="flow",
+        tau=run.tau,
+        batch_dims=names,
+        settings={"epsilon": epsilon, "rtol": rtol, "atol": atol},
+        notes={"solver": solver_name},
+        **answer,
+    )
+    return raise_on_failure(trajectory) if throw else trajectory
+
+
+class ErrorNorm(eqx.Module):
+    """The size of a scaled step error: RMS over the fast variable, maximum over the slow one.
+
+    A fast error relaxes within ε and only its mean size matters; a slow error stays, so its
+    largest entry counts, measured in units of `problem.slow_scale()`.
+    """
+
+    slow_scale: Float[Array, ""]
+
+    def __call__(self, error: State) -> Float[Array, ""]:
+        fast, slow = (jax.tree.leaves(part) for part in error)
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in slow])) / self.slow_scale
+        if not fast:  # the reduced flow has no fast variable
+            return largest
+        count = sum(leaf.size for leaf in fast)
+        mean = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in fast) / count)
+        return jnp.maximum(mean, largest)
+
+
+def check_finite_start(state: State) -> None:
+    """Refuse a start with a NaN or an infinity in it."""
+    for name, part in (("state.fast", state.fast), ("state.slow", state.slow)):
+        for leaf in jax.tree.leaves(part):
+            _checks.finite(name, leaf, "Start from finite values.")
+
+
+def _slow_time_field(tau: Array, y: State, args: tuple[AbstractProblem, Array]) -> State:
+    del tau
+    problem, epsilon = args
+    velocity = problem.fields(*y)
+    return State(jax.tree.map(lambda v: v / epsilon, velocity.fast), velocity.slow)
+
+
+def _slow_time_jacobian(
+    tau: Array, y: State, args: tuple[AbstractProblem, Array]
+) -> Float[Array, "n n"]:
+    del tau
+    problem, epsilon = args
+    count = sum(leaf.size for leaf in jax.tree.leaves(y.fast))
+    jacobian = problem.jacobian(*y)
+    return jacobian.at[:count].divide(epsilon)
+
+
+def _choose_solver(
+    solver: SolverName | diffrax.AbstractSolver, epsilon: Array
+) -> tuple[diffrax.AbstractSolver, str]:
+    if isinstance(solver, diffrax.AbstractSolver):
+        return solver, type(solver).__name__
+    _checks.one_of("solver", solver, ("auto", "rodas5p", "kvaerno5", "tsit5"))
+    if solver == "auto":
+        known = not _checks.is_traced(epsilon)
+        explicit = known and bool(np.all(np.asarray(epsilon) >= EXPLICIT_ABOVE))
+        solver = "tsit5" if explicit else "rodas5p"
+    choices: dict[str, Callable[[], diffrax.AbstractSolver]] = {
+        "rodas5p": lambda: Rodas5P(jacobian=_slow_time_jacobian),
+        # Diffrax's default root finder (VeryChord at the step tolerances) gives up on half of
+        # the steps here; iterating the chord method to convergence costs less.
+        "kvaerno5": lambda: diffrax.Kvaerno5(root_finder=optx.Chord(rtol=1e-9, atol=1e-9)),
+        "tsit5": diffrax.Tsit5,
+    }
+    return choices[solver](), solver
+
+
+def _solve_lane(
+    start: State, epsilon: Array, problem: AbstractProblem, run: "Run"
+) -> dict[str, Any]:
+    solution = run.solve(_slow_time_field, start, (problem, epsilon))
+    return lane_answer(problem, solution, *solution.ys)
+
+
+class Run(eqx.Module):
+    """How to integrate one lane with Diffrax: shared by `flow` and `limit`."""
+
+    tau: Float[Array, " T"]
+    solver: diffrax.AbstractSolver
+    controller: diffrax.AbstractStepSizeController
+    max_steps: int = eqx.field(static=True)
+    adjoint: diffrax.AbstractAdjoint
+    progress_meter: diffrax.AbstractProgressMeter
+
+    def __init__(
+        self,
+        problem: AbstractProblem,
+        tau: Float[ArrayLike, " T"],
+        solver: diffrax.AbstractSolver,
+        *,
+        rtol: float,
+        atol: float,
+        max_steps: int,
+        adjoint: diffrax.AbstractAdjoint | None,
+        progress_meter: diffrax.AbstractProgressMeter | None,
+    ) -> None:
+        """Check the settings that both dynamics share.
+
+        Raises:
+            ValueError: `tau`, a tolerance or `max_steps` is out of range.
+        """
+        _checks.increasing_times(tau)
+        _checks.positive("rtol", rtol, "Use for example 1e-7.")
+        _checks.positive("atol", atol, "Use for example 1e-7.")
+        self.tau = jnp.asarray(tau, jnp.float64)
+        self.solver = solver
+        norm = ErrorNorm(jnp.asarray(problem.slow_scale(), jnp.float64))
+        self.controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=norm)
+        self.max_steps = _checks.positive_integer("max_steps", max_steps, "Use e.g. 20_000.")
+        self.adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+        self.progress_meter = (
+            diffrax.NoProgressMeter() if progress_meter is None else progress_meter
+        )
+
+    def solve(self, field: Callable[..., Any], start: State, args: Any) -> diffrax.Solution:
+        """Integrate `field` from τ = 0 and record at `tau`."""
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            self.solver,
+            t0=0.0,
+            t1=self.tau[-1],
+            dt0=None,
+            y0=start,
+            args=args,
+            saveat=diffrax.SaveAt(ts=self.tau),
+            stepsize_controller=self.controller,
+            max_steps=self.max_steps,
+            adjoint=self.adjoint,
+            progress_meter=self.progress_meter,
+            throw=False,
+        )
+
+
+def lane_answer(
+    problem: AbstractProblem, solution: diffrax.Solution, fast: PyTree[Array], slow: PyTree[Array]
+) -> dict[str, Any]:
+    """States, losses, status and step counts of one Diffrax solution."""
+    fast, slow = jax.tree.map(
+        lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, jnp.nan), (fast, slow)
+    )
+    loss = jax.lax.map(lambda y: problem.loss(*y), (fast, slow))
+    results = diffrax.RESULTS
+    status = jnp.asarray(int(Status.SOLVER_FAILED))
+    for result, known in (
+        (results.successful, Status.SUCCESS),
+        (results.max_steps_reached, Status.MAX_STEPS),
+        (results.dt_min_reached, Status.STEP_TOO_SMALL),
+    ):
+        status = jnp.where(solution.result == result, int(known), status)
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((fast, slow))])
+    lost = (status == int(Status.SUCCESS)) & ~jnp.all(finite)
+    return {
+        "fast": fast,
+        "slow": slow,
+        "loss": loss,
+        "status": jnp.where(lost, int(Status.DIVERGED), status),
+        "stats": {
+            "steps": solution.stats["num_steps"],
+            "accepted": solution.stats["num_accepted_steps"],
+            "rejected": solution.stats["num_rejected_steps"],
+        },
+    }
+
+
+def solve_lanes(
+    problem: AbstractProblem,
+    solve: Callable[..., dict[str, Any]],
+    state: State,
+    epsilon: Array,
+    *args: Any,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Run `solve(state, epsilon, *args)` on every lane of the broadcast batch of both.
+
+    On a CPU lanes run one after the other, each with its own number of steps, so a lane gives
+    the same bits alone and in a batch; elsewhere they run together under `vmap`.
+
+    Returns:
+        The stacked answers and the names of the batch axes.
+    """
+    lanes = batch_shape(problem, state)
+    try:
+        shape = np.broadcast_shapes(lanes, epsilon.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument `epsilon` must broadcast against the batch axes {lanes} of `state`, got "
+            f"shape {epsilon.shape}. Give it shape `[..., 1]` to cross it with the starts."
+        ) from error
+    if not shape:
+        return _map_lanes(solve, "one", state, epsilon, args), ()
+    count = math.prod(shape)
+
+    def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(leaf, shape + own).reshape(count, *own)
+
+    flat = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
+    how = "one by one" if jax.default_backend() == "cpu" else "together"
+    answer = _map_lanes(solve, how, flat, flatten(epsilon, ()), args)
+    answer = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), answer)
+    return answer, _axis_names(lanes, epsilon.shape, shape)
+
+
+@eqx.filter_jit
+def _map_lanes(
+    solve: Callable[..., Any], how: str, state: State, epsilon: Array, args: tuple[Any, ...]
+) -> Any:
+    if how == "one":
+        return solve(state, epsilon, *args)
+    if how == "together":
+        return jax.vmap(lambda s, e: solve(s, e, *args))(state, epsilon)
+    return jax.lax.map(lambda lane: solve(*lane, *args), (state, epsilon))
+
+
+def _axis_names(
+    lanes: tuple[int, ...], epsilons: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[str, ...]:
+    """`epsilon` for an axis along which only ε varies, `seed` for the last axis of starts."""
+    rank = len(shape)
+    lanes = (1,) * (rank - len(lanes)) + lanes
+    epsilons = (1,) * (rank - len(epsilons)) + epsilons
+    names = [f"batch_{axis}" for axis in range(rank)]
+    starts = [axis for axis in range(rank) if lanes[axis] > 1 or epsilons[axis] == 1]
+    only_epsilon = [axis for axis in range(rank) if axis not in starts]
+    if starts:
+        names[starts[-1]] = "seed"
+    if only_epsilon:
+        names[only_epsilon[-1]] = "epsilon"
+    return tuple(names)

@@ -1,0 +1,145 @@
+"""The two-timescale limits: the reduced flow on the critical manifold, and its sharp limit."""
+
+from typing import Any, Literal
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import ArrayLike, Float
+
+from tts_jax import _checks
+from tts_jax._flow import Run, check_finite_start, lane_answer, solve_lanes
+from tts_jax._precision import double_precision, require_double_precision
+from tts_jax._problem import AbstractProblem, State
+from tts_jax._rosenbrock import Rodas5P
+from tts_jax._trajectory import Trajectory, raise_on_failure, record
+from tts_jax._types import Array
+
+
+@double_precision
+def limit(
+    problem: AbstractProblem,
+    state: State,
+    *,
+    tau: Float[ArrayLike, " T"],
+    rtol: float = 1e-7,
+    atol: float = 1e-7,
+    solver: Literal["rodas5p", "tsit5"] | diffrax.AbstractSolver = "rodas5p",
+    max_steps: int = 20_000,
+    throw: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    progress_meter: diffrax.AbstractProgressMeter | None = None,
+) -> Trajectory:
+    """Solve the reduced flow dx/dτ = V(y*(x), x), the limit ε → 0 of `flow`.
+
+    The fast variable is eliminated exactly, by `problem.critical`; by the envelope theorem no
+    derivative of y* is needed. `state.fast` plays no part: it jumps to y*(x) at τ = 0⁺, and
+    the answer records y*(x) at τ = 0 already.
+
+    Args:
+        problem: the two-timescale problem.
+        state: the start, with any leading batch axes; only its slow part is used.
+        tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
+        rtol: relative tolerance of one step.
+        atol: absolute tolerance of one step, in the units of the slow variable.
+        solver: `"rodas5p"`, `"tsit5"` or any Diffrax solver. The reduced flow is stiff once
+            part of it has come to rest while the rest still moves.
+        max_steps: step limit of one lane.
+        throw: raise on the first failure instead of returning its status.
+        adjoint: how Diffrax differentiates through the solve, as in `flow`.
+        progress_meter: a Diffrax progress meter.
+
+    Returns:
+        A `Trajectory` with the batch axes of `state`. Its `.stats` are `steps`, `accepted`,
+        `rejected` per lane and what `problem.reduced_observables` reports at each τ: for
+        `Univariate` the `condition` number that tells how well a*(u) is determined.
+
+    Raises:
+        ValueError: an argument is out of range or has the wrong shape.
+        RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
+    """
+    require_double_precision("limit", state, tau)
+    check_finite_start(state)
+    if not isinstance(solver, diffrax.AbstractSolver):
+        name = _checks.one_of("solver", solver, ("rodas5p", "tsit5"))
+        solver = Rodas5P() if name == "rodas5p" else diffrax.Tsit5()
+    else:
+        name = type(solver).__name__
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    run = Run(
+        problem,
+        tau,
+        solver,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        adjoint=adjoint,
+        progress_meter=progress_meter,
+    )
+    answer, names = solve_lanes(problem, _solve_lane, state, jnp.zeros(()), problem, run)
+    trajectory = record(
+        problem,
+        method="limit",
+        tau=run.tau,
+        batch_dims=names,
+        settings={"rtol": rtol, "atol": atol},
+        notes={"solver": name},
+        **answer,
+    )
+    return raise_on_failure(trajectory) if throw else trajectory
+
+
+def _reduced_field(tau: Array, y: State, problem: AbstractProblem) -> State:
+    del tau
+    return State(None, problem.reduced_field(y.slow))
+
+
+def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
+    del epsilon
+    solution = run.solve(_reduced_field, State(None, start.slow), problem)
+    slow = solution.ys.slow
+    answer = lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
+    answer["stats"] |= jax.lax.map(problem.reduced_observables, answer["slow"])
+    return answer
+
+
+@double_precision
+def sharp_limit(
+    problem: AbstractProblem, state: State, *, tau: Float[ArrayLike, " T"], throw: bool = False
+) -> Trajectory:
+    """The limit ε → 0 and then η → 0 from its closed form: no ODE is solved.
+
+    For `Univariate` see `tts_jax.problems._sharp`: near a jump the distances of the two
+    flanking neurons obey a conservation law, and times are hypergeometric.
+
+    Args:
+        problem: a problem that defines `sharp`; `Univariate` does.
+        state: the start, with any leading batch axes; only its slow part is used.
+        tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
+        throw: raise where the closed form does not apply instead of returning a status.
+
+    Returns:
+        A `Trajectory`, whose loss is that of η → 0 and whose `.stats["hitting_time"]`,
+        `[..., jumps]`, is the τ at which each jump is reached (infinite if never). A start
+        that the closed form does not cover has the status `NOT_COVERED` and NaN.
+
+    Raises:
+        ValueError: an argument is out of range or has the wrong shape.
+        TypeError: the problem has no sharp limit.
+        RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
+    """
+    require_double_precision("sharp_limit", state, tau)
+    _checks.increasing_times(tau)
+    check_finite_start(state)
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    tau = jnp.asarray(tau, jnp.float64)
+    answer, names = solve_lanes(problem, _sharp_lane, state, jnp.zeros(()), problem, tau)
+    trajectory = record(problem, method="sharp_limit", tau=tau, batch_dims=names, **answer)
+    return raise_on_failure(trajectory) if throw else trajectory
+
+
+def _sharp_lane(
+    start: State, epsilon: Array, problem: AbstractProblem, tau: Array
+) -> dict[str, Any]:
+    del epsilon
+    return problem.sharp(start.slow, tau)

@@ -1,0 +1,582 @@
+"""SGD: what practitioners run, steps of size h for the fast and εh for the slow variable.
+
+With one random sample ξ_k per step and both gradients at the old state,
+
+    y ← y − h ∇_y ℓ(y, x; ξ_k)
+    x ← x − εh ∇_x ℓ(y, x; ξ_k),          τ = εhk after k steps.
+
+Two engines take these steps: seeds in SIMD lanes (`_lanes`) for a problem that offers them, and
+a `vmap` over seeds for any problem and any optax optimizer.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree
+
+from tts_jax import _checks, _compat
+from tts_jax._lanes import REPLAY_STEPS, LaneProblem, LaneRun
+from tts_jax._precision import double_precision
+from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._random import key_words, seed_keys, typed_key
+from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
+from tts_jax._types import Array
+
+
+_CALL_SECONDS = 0.5  # aimed duration of one compiled call: Ctrl-C and the progress bar wait for it
+_FIRST_CALL = 512  # steps of the first call, before their speed is known
+_MOST_STEPS = 1 << 30  # steps of one call at most
+_LOSS_BATCH = 4096  # states whose population loss is computed together
+
+
+def sgd(
+    problem: AbstractProblem,
+    *,
+    key: PRNGKeyArray | None = None,
+    seeds: int | None = None,
+    epsilon: float,
+    step_size: float,
+    tau: Float[ArrayLike, " T"],
+    state: State | None = None,
+    gradient: str = "exact",
+    dtype: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    samples: PyTree[ArrayLike] | None = None,
+    progress: bool | None = None,
+    throw: bool = False,
+) -> Trajectory:
+    """Run stochastic gradient descent from many seeds.
+
+    The numbers of seed i depend on `key` and i only: not on the number of seeds, the number of
+    devices, or how the run is cut into calls. In the lanes this holds bit by bit, on the
+    general path up to rounding.
+
+    Arguments:
+        problem: any problem with `sample` and `sample_loss`.
+        key: random key; seed i uses two keys folded from it and i, one for its start and one
+            for its stream of samples. Not needed when `state` and `samples` are given.
+        seeds: number of seeds; by default that of `state` or `samples`, else 1.
+        epsilon: ratio ε of the two step sizes.
+        step_size: step size h of the fast variable.
+        tau: slow times to record, `[T]`, strictly increasing and not negative. Each is moved
+            to the nearest multiple of εh; the trajectory carries the moved times.
+        state: the starts, leaves `[seeds, ...]`, or one unbatched start for all seeds. By
+            default every seed draws its own by `problem.init`.
+        gradient: one of `problem.gradients`. `"exact"` is the gradient of the sample loss;
+            `Univariate` adds `"box"`, the estimator of the published code: the indicator of
+            |x − u_j| ≤ η/2, over η, in place of σ′((x − u_j)/η)/η. Both have the same
+            integral over x and the same limit as η → 0.
+        dtype: `float32` or `float64` of the steps. The lanes default to float32: positions are
+            kept as offsets from the start, so that steps far below the spacing of float32
+            numbers still add up. The general path keeps plain positions and defaults to float64.
+        optimizer: an optax transformation that replaces the two-rate steps. It sees the tree
+            `{"fast": ..., "slow": ...}` (`optax.partition` gives the two blocks their own
+            rules); `epsilon` and `step_size` then only define the clock τ = εhk.
+        samples: a given stream in place of random samples, in the form of `problem.sample`
+            with an axis for the steps in front, `[steps, ...]` for all seeds or
+            `[seeds, steps, ...]`. For `Univariate`: `(x, noise)`.
+        progress: show a progress bar with the remaining time.
+        throw: raise if a seed fails, instead of returning its status.
+
+    Returns:
+        A trajectory with leaves `fast [seeds, T, ...]`, `slow [seeds, T, ...]`, the population
+        loss `loss [seeds, T]` and `status [seeds]`, all float64. A seed whose state becomes
+        infinite or NaN has status `DIVERGED` and NaN from then on; its neighbours run on as if
+        it were not there.
+
+    Raises:
+        ValueError: a bad argument; the message names it, its value and the remedy.
+        TypeError: called under a JAX transformation, which cannot hold a loop of this length.
+        RuntimeError: a seed failed and `throw` is set.
+    """
+    given = problem, key, epsilon, step_size, tau, state, samples
+    if _checks.inside_trace() or _checks.is_traced(given):
+        raise TypeError(
+            "`sgd` is a loop on the host and cannot be traced by `jit`, `vmap` or `grad`. Call "
+            "it directly; it runs many seeds at once by `seeds=` or a batched `state=`."
+        )
+    rates = _rate("epsilon", epsilon), _rate("step_size", step_size)
+    epsilon, step_size = rates
+    steps = _recorded_steps(tau, epsilon * step_size)
+    _checks.one_of("gradient", gradient, problem.gradients)
+    lanes = problem.lanes and optimizer is None
+    dtype = _dtype(dtype, lanes)
+    with _wide():
+        stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
+        seeds = _number_of_seeds(problem, seeds, state, stream)
+        if key is None and (state is None or stream is None):
+            missing = "starts" if state is None else "samples"
+            raise ValueError(
+                f"Argument `key` must be a random key to draw the {missing}, got None. Pass for "
+                f"example `key=jax.random.key(0)`, or give both `state` and `samples`."
+            )
+        stream_keys, start_keys = (None, None) if key is None else _seed_keys(key, seeds)
+        if state is None:
+            state = jax.vmap(lambda one: problem.init(key=one))(start_keys)
+        state = _batched(problem, state, seeds)
+        if lanes:
+            words = None if stream_keys is None else key_words(stream_keys)
+            run: LaneRun | GeneralRun = LaneRun(
+                cast(LaneProblem, problem),
+                state,
+                words,
+                step_size=step_size,
+                epsilon=epsilon,
+                gradient=gradient,
+                dtype=dtype,
+                samples=None if stream is None else stream.values,
+                own_samples=stream is not None and stream.own,
+            )
+        else:
+            run = GeneralRun(
+                problem,
+                state,
+                stream_keys,
+                step_size=step_size,
+                epsilon=epsilon,
+                gradient=gradient,
+                dtype=dtype,
+                optimizer=optimizer,
+                samples=None if stream is None else stream.values,
+                own_samples=stream is not None and stream.own,
+            )
+        records = _run(run, steps, progress)
+    notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
+    notes["engine"] = "lanes" if lanes else "general"
+    if key is not None:
+        notes["key"] = str(np.asarray(jax.random.key_data(typed_key(key))).tolist())
+    trajectory = _answer(problem, records, steps, rates, notes)
+    return raise_on_failure(trajectory) if throw else trajectory
+
+
+# --- arguments ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _wide() -> Iterator[None]:
+    """64-bit types, whatever the global setting, so that it does not change an answer."""
+    with jax.enable_x64(True):
+        yield
+
+
+def _rate(name: str, value: Any) -> float:
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"Argument `{name}` must be one number, got shape {np.shape(value)}. Call `sgd` once "
+            f"per value."
+        )
+    return float(_checks.positive(name, value, "Choose a positive, finite number."))
+
+
+def _recorded_steps(tau: ArrayLike, per_step: float) -> list[int]:
+    """The step numbers nearest to the recorded times."""
+    times = np.asarray(_checks.increasing_times(tau), dtype=np.float64)
+    ratios = np.rint(times / per_step)
+    if ratios[-1] >= 2.0**53:
+        raise _checks.argument_error(
+            "tau",
+            "stay below 2^53 steps",
+            times[-1],
+            "Shorten the run, or raise `epsilon` or `step_size`.",
+        )
+    steps = ratios.astype(np.int64)
+    same = np.flatnonzero(np.diff(steps) == 0)
+    if same.size:
+        first = int(same[0])
+        raise ValueError(
+            f"Argument `tau` must have at most one recorded time per step, got {times[first]} and "
+            f"{times[first + 1]}, both at step {steps[first]}: one step is epsilon * step_size = "
+            f"{per_step:.6g}. Record fewer times, or lower `step_size` or `epsilon`."
+        )
+    return [int(step) for step in steps]
+
+
+def _dtype(dtype: Any, lanes: bool) -> np.dtype:
+    if dtype is None:
+        return np.dtype(np.float32 if lanes else np.float64)
+    try:
+        chosen = np.dtype(dtype).name
+    except TypeError:
+        chosen = "unknown"
+    if chosen not in ("float32", "float64"):
+        raise ValueError(
+            f"Argument `dtype` must be float32 or float64, got {dtype!r}. Pass `jnp.float32` or "
+            f"`jnp.float64`."
+        )
+    return np.dtype(chosen)
+
+
+def _number_of_seeds(
+    problem: AbstractProblem, seeds: int | None, state: State | None, stream: "_Stream | None"
+) -> int:
+    """The number of seeds on which `seeds`, `state` and `samples` agree."""
+    found = {}
+    if seeds is not None:
+        found["seeds"] = _checks.positive_integer(
+            "seeds", seeds, "It is the number of independent runs."
+        )
+    if state is not None:
+        shape = batch_shape(problem, state)
+        if len(shape) > 1 or 0 in shape:
+            raise ValueError(
+                f"Argument `state` must have no batch axis or one non-empty axis of seeds, got "
+                f"batch axes {shape}. Reshape it to one axis."
+            )
+        if shape:
+            found["state"] = shape[0]
+        for name, leaf in (("fast", state.fast), ("slow", state.slow)):
+            for array in jax.tree.leaves(leaf):
+                _checks.finite(f"state.{name}", array, "A start must be finite.")
+    if stream is not None and stream.own:
+        found["samples"] = stream.seeds
+    if len(set(found.values())) > 1:
+        got = ", ".join(f"{count} from `{name}`" for name, count in found.items())
+        raise ValueError(
+            f"Arguments {', '.join(f'`{name}`' for name in found)} must agree on the number of "
+            f"seeds, got {got}. Leave `seeds` out to take it from the arrays."
+        )
+    return next(iter(found.values()), 1)
+
+
+def _seed_keys(key: Any, seeds: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    if not isinstance(key, jax.Array):
+        raise ValueError(
+            f"Argument `key` must be a random key, got {key!r}. Pass for example "
+            f"`key=jax.random.key(0)`."
+        )
+    key = typed_key(key)
+    if key.ndim:
+        raise ValueError(
+            f"Argument `key` must be a single key, got shape {key.shape}. One key serves all "
+            f"seeds; give `seeds=` for their number."
+        )
+    return seed_keys(key, seeds)
+
+
+def _batched(problem: AbstractProblem, state: State, seeds: int) -> State:
+    """The starts as float64 NumPy arrays `[seeds, ...]`."""
+
+    def batch(one: jax.ShapeDtypeStruct, leaf: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(leaf, dtype=np.float64), (seeds, *one.shape))
+
+    return State(*jax.tree.map(batch, tuple(problem.structure()), tuple(state)))
+
+
+class _Stream(eqx.Module):
+    """A given stream of samples: leaves `[steps, ...]`, or `[seeds, steps, ...]` if `own`."""
+
+    values: PyTree[np.ndarray]
+    own: bool = eqx.field(static=True)
+
+    @property
+    def seeds(self) -> int:
+        return jax.tree.leaves(self.values)[0].shape[0]
+
+    @staticmethod
+    def read(problem: AbstractProblem, samples: PyTree[ArrayLike], needed: int) -> "_Stream":
+        """Check a stream against the form of `problem.sample` and the length of the run."""
+        form = jax.eval_shape(lambda: problem.sample(key=jax.random.key(0), step=np.int64(0)))
+        if isinstance(form, tuple) and isinstance(samples, list):
+            samples = tuple(samples)
+        if jax.tree.structure(form) != jax.tree.structure(samples):
+            raise ValueError(
+                f"Argument `samples` must have the structure of `problem.sample(...)`, "
+                f"{jax.tree.structure(form)}, got {jax.tree.structure(samples)}."
+            )
+        values = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), samples)
+        leads = set()
+        for one, leaf in zip(jax.tree.leaves(form), jax.tree.leaves(values), strict=True):
+            extra = leaf.ndim - one.ndim
+            if extra not in (1, 2) or leaf.shape[extra:] != one.shape:
+                raise ValueError(
+                    f"Argument `samples` must have leaves of shape [steps, ...] or [seeds, steps, "
+                    f"...] with trailing axes {one.shape}, got shape {leaf.shape}."
+                )
+            leads.add(leaf.shape[:extra])
+        if len(leads) != 1:
+            raise ValueError(
+                f"Argument `samples` must have the same leading axes in every leaf, got "
+                f"{sorted(leads)}."
+            )
+        (lead,) = leads
+        if lead[-1] < needed:
+            raise ValueError(
+                f"Argument `samples` must hold at least the {needed} steps up to the last "
+                f"recorded time, got {lead[-1]}. Give a longer stream or a shorter `tau`."
+            )
+        for leaf in jax.tree.leaves(values):
+            _checks.finite("samples", leaf, "Every sample must be finite.")
+        return _Stream(values, len(lead) == 2)
+
+
+# --- the loop on the host -------------------------------------------------------------------
+
+
+def _run(run: "LaneRun | GeneralRun", steps: Sequence[int], progress: bool | None) -> list[State]:
+    """Advance `run` and read it at each of `steps`, in calls of about `_CALL_SECONDS`."""
+    records, call = [], _FIRST_CALL
+    with _progress_bar(steps[-1], bool(progress)) as update:
+        done = 0
+        for target in steps:
+            while done < target:
+                part = min(call, target - done)
+                started = time.perf_counter()
+                run.advance(part)
+                jax.block_until_ready(run.carry)
+                seconds = time.perf_counter() - started
+                done += part
+                update(part)
+                if part == call:
+                    growth = min(_CALL_SECONDS / max(seconds, 1e-9), 8.0)
+                    call = min(max(int(call * growth), _FIRST_CALL), _MOST_STEPS)
+            records.append(run.read())
+    return records
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="step", unit_scale=True, desc="sgd", smoothing=0.1) as bar:
+        yield bar.update
+
+
+def _answer(
+    problem: AbstractProblem,
+    records: list[State],
+    steps: Sequence[int],
+    rates: tuple[float, float],
+    notes: dict[str, str],
+) -> Trajectory:
+    epsilon, step_size = rates
+    state = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *records)
+    seeds, count = jax.tree.leaves(state)[0].shape[:2]
+    finite = np.ones((seeds, count), dtype=bool)
+    for leaf in jax.tree.leaves(state):
+        finite &= np.isfinite(leaf).reshape(seeds, count, -1).all(axis=-1)
+    alive = np.logical_and.accumulate(finite, axis=1)
+
+    def masked(leaf: np.ndarray) -> np.ndarray:
+        return np.where(alive.reshape(seeds, count, *(1,) * (leaf.ndim - 2)), leaf, np.nan)
+
+    fast, slow = jax.tree.map(masked, tuple(state))
+    loss = masked(_population_loss(problem, fast, slow))
+    status = np.where(alive[:, -1], int(Status.SUCCESS), int(Status.DIVERGED)).astype(np.int32)
+    return _record(
+        problem,
+        np.asarray(steps, dtype=np.float64) * (epsilon * step_size),
+        (fast, slow),
+        loss,
+        status,
+        {"steps": np.full(seeds, steps[-1], dtype=np.int64)},
+        {"epsilon": epsilon, "step_size": step_size},
+        notes,
+    )
+
+
+def _population_loss(
+    problem: AbstractProblem, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray]
+) -> np.ndarray:
+    """`problem.loss` of `[seeds, T]` states in float64.
+
+    One state after the other on every device: a branch of the loss then costs only where it is
+    taken, while `vmap` would take both, and the value of a state does not depend on the others.
+    """
+    shape = jax.tree.leaves(fast)[0].shape[:2]
+    total = math.prod(shape)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), (fast, slow))
+    devices = jax.local_devices()
+    mesh = _compat.lane_mesh(devices)
+    batch = min(_LOSS_BATCH, 1 << (total - 1).bit_length())
+    batch = -(-batch // mesh.size) * mesh.size
+    with _wide():
+        numbers, static = eqx.partition(_cast(problem, np.dtype(np.float64)), eqx.is_array)
+        program = _loss_program(mesh, static)
+        values = []
+        for begin in range(0, total, batch):
+            rows = np.minimum(np.arange(begin, begin + batch), total - 1)
+            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], flat)
+            values.append(np.asarray(program(numbers, _compat.place(part, mesh))))
+    return np.concatenate(values)[:total].reshape(shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _loss_program(mesh: Mesh, static: AbstractProblem) -> Any:
+    def losses(numbers: Any, states: PyTree[Array]) -> Array:
+        problem = eqx.combine(numbers, static)
+        return lax.map(lambda state: problem.loss(*state), states)
+
+    return jax.jit(_compat.over_devices(losses, mesh, (False, True)))
+
+
+@double_precision
+def _record(problem, tau, state, loss, status, stats, settings, notes) -> Trajectory:
+    arrays = jax.tree.map(jnp.asarray, (tau, *state, loss, status, stats))
+    tau, fast, slow, loss, status, stats = arrays
+    return record(
+        problem,
+        method="sgd",
+        tau=tau,
+        fast=fast,
+        slow=slow,
+        loss=loss,
+        status=status,
+        stats=stats,
+        batch_dims=("seed",),
+        settings=settings,
+        notes=notes,
+    )
+
+
+# --- any problem, any optimizer -------------------------------------------------------------
+
+
+class GeneralRun:
+    """An ensemble under way for any problem and optimizer: `advance` it, `read` its states.
+
+    `carry` (with `steps`) is all that changes; putting back a saved one resumes the run.
+    """
+
+    def __init__(
+        self,
+        problem: AbstractProblem,
+        state: State,
+        keys: PRNGKeyArray | None,
+        *,
+        step_size: float,
+        epsilon: float,
+        gradient: str,
+        dtype: Any,
+        optimizer: optax.GradientTransformation | None = None,
+        samples: PyTree[np.ndarray] | None = None,
+        own_samples: bool = False,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        """Prepare the run; arguments as in `LaneRun`, with `keys` of the streams, `[seeds]`."""
+        self._seeds = jax.tree.leaves(state)[0].shape[0]
+        devices = list(jax.local_devices() if devices is None else devices)
+        mesh = _compat.lane_mesh(devices[: min(self._seeds, len(devices))])
+        count = -(-self._seeds // mesh.size) * mesh.size
+        # idle rows repeat the first seed
+        row_of = np.zeros(count, dtype=int)
+        row_of[: self._seeds] = np.arange(self._seeds)
+        self._dtype = np.dtype(dtype)
+        self._samples, self._own_samples = samples, own_samples
+        self._row_of = row_of
+        self._mesh = mesh
+        self._keys = None if keys is None else _compat.place(keys[row_of], mesh)
+        self._rates = self._cast((step_size, epsilon * step_size))
+        start = self._cast({"fast": state.fast, "slow": state.slow})
+        start = jax.tree.map(lambda leaf: jnp.asarray(leaf[row_of]), start)
+        memory = () if optimizer is None else jax.vmap(optimizer.init)(start)
+        self.carry = _compat.place((start, memory), mesh)
+        self._numbers, self._static = eqx.partition(_cast(problem, self._dtype), eqx.is_array)
+        self._program = _general_program(
+            mesh, self._static, gradient, optimizer, samples is not None, own_samples
+        )
+        self.steps = 0
+
+    def advance(self, steps: int) -> None:
+        """Take `steps` more steps; returns before they are done."""
+        while steps > 0:
+            part = steps if self._samples is None else min(steps, REPLAY_STEPS)
+            source = self._keys if self._samples is None else self._stream(part)
+            self.carry = self._program(
+                self._numbers, self._rates, np.int64(self.steps), np.int64(part), source, self.carry
+            )
+            self.steps += part
+            steps -= part
+
+    def read(self) -> State:
+        """The states, float64 leaves `[seeds, ...]`; waits for the steps under way."""
+        state = jax.tree.map(
+            lambda leaf: np.asarray(leaf, dtype=np.float64)[: self._seeds], self.carry[0]
+        )
+        return State(state["fast"], state["slow"])
+
+    def _cast(self, tree: PyTree) -> PyTree[np.ndarray]:
+        return jax.tree.map(lambda leaf: np.asarray(leaf, dtype=self._dtype), tree)
+
+    def _stream(self, count: int) -> PyTree[np.ndarray]:
+        """The given samples of the next `count` steps, padded to `REPLAY_STEPS`."""
+        axis = int(self._own_samples)
+        steps = slice(self.steps, self.steps + count)
+
+        def cut(leaf: np.ndarray) -> np.ndarray:
+            part = leaf[self._row_of, steps] if self._own_samples else leaf[steps]
+            spare = [(0, 0)] * part.ndim
+            spare[axis] = (0, REPLAY_STEPS - count)
+            return np.pad(part.astype(self._dtype), spare)
+
+        stream = jax.tree.map(cut, self._samples)
+        return _compat.place(stream, self._mesh) if self._own_samples else stream
+
+
+def _cast(problem: AbstractProblem, dtype: np.dtype) -> AbstractProblem:
+    """The problem with its real numbers in `dtype`, so that they do not widen a float32 state."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jnp.asarray(leaf, dtype)
+            return jnp.asarray(leaf)
+        return leaf
+
+    return jax.tree.map(cast, problem)
+
+
+@functools.lru_cache(maxsize=32)
+def _general_program(mesh, static, gradient, optimizer, replay, own) -> Any:
+    """The compiled loop of `GeneralRun`; its trip count is an argument."""
+
+    def one_seed(numbers, rates, first, count, source, carry):
+        problem = eqx.combine(numbers, static)
+
+        def one_step(index, carry):
+            (point, memory) = carry
+            if replay:
+                sample = jax.tree.map(lambda leaf: leaf[index], source)
+            else:
+                sample = problem.sample(key=source, step=first + index)
+                sample = jax.tree.map(lambda leaf: _like(leaf, rates[0]), sample)
+            slopes = problem.sample_gradient(
+                point["fast"], point["slow"], sample, gradient=gradient
+            )
+            slopes = {"fast": slopes[0], "slow": slopes[1]}
+            if optimizer is None:
+                steps = {
+                    name: jax.tree.map(lambda slope, rate=rate: -rate * slope, slopes[name])
+                    for name, rate in zip(("fast", "slow"), rates, strict=True)
+                }
+            else:
+                steps, memory = optimizer.update(slopes, memory, point)
+            point = jax.tree.map(lambda old, move: old + move.astype(old.dtype), point, steps)
+            return point, memory
+
+        return lax.fori_loop(jnp.zeros_like(count), count, one_step, carry)
+
+    def all_seeds(numbers, rates, first, count, source, carry):
+        streams = 0 if (own or not replay) else None
+        axes = (None, None, None, None, streams, 0)
+        return jax.vmap(one_seed, in_axes=axes)(numbers, rates, first, count, source, carry)
+
+    split = (False, False, False, False, own or not replay, True)
+    return jax.jit(_compat.over_devices(all_seeds, mesh, split))
+
+
+def _like(leaf: Array, model: Array) -> Array:
+    return leaf.astype(model.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

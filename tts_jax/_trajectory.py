@@ -1,0 +1,351 @@
+"""The one answer of every dynamics: recorded times, states, losses and a status per lane."""
+
+import enum
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+from tts_jax._checks import is_traced
+from tts_jax._problem import AbstractProblem
+from tts_jax._types import Array
+from tts_jax._version import __version__
+
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Status(enum.IntEnum):
+    """How a lane (one seed, one start, one ε) ended; 0 is success."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_TOO_SMALL = 2
+    SOLVER_FAILED = 3
+    DIVERGED = 4
+    NOT_COVERED = 5
+
+    @property
+    def advice(self) -> str:
+        """What happened and what to change."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.SUCCESS: "The lane was computed to its last recorded time.",
+    Status.MAX_STEPS: (
+        "The solver reached its step limit. Raise `max_steps`, loosen `rtol`/`atol`, or choose "
+        "a stiff solver (`solver='rodas5p'`) when ε is small."
+    ),
+    Status.STEP_TOO_SMALL: (
+        "The step size fell below what the floating-point numbers resolve. Loosen `rtol`/`atol`; "
+        "in float32 use float64."
+    ),
+    Status.SOLVER_FAILED: (
+        "A step could not be solved (singular or non-finite stage system). Check the start for "
+        "extreme values, or try `solver='kvaerno5'`."
+    ),
+    Status.DIVERGED: (
+        "The state became infinite or NaN. For SGD lower `step_size`: stability needs "
+        "step_size * (neurons + 1) below about 1, and epsilon * step_size small against "
+        "eta**2 / jump**2."
+    ),
+    Status.NOT_COVERED: (
+        "The closed form of the sharp limit does not cover this start: a neuron flanks two "
+        "jumps. Use `limit` at a small `eta`, or a start with two neurons in every piece."
+    ),
+}
+
+
+class Trajectory(eqx.Module):
+    """Recorded states of one dynamics, for one lane or a batch of lanes.
+
+    Attributes:
+        tau: recorded slow times, `[T]`.
+        fast: fast variable, `[..., T, *fast]` (`[..., T, m+1]` for `Univariate`).
+        slow: slow variable, `[..., T, *slow]` (`[..., T, m]` for `Univariate`).
+        loss: population loss, `[..., T]`.
+        status: `Status` per lane, `[...]`; recorded values after a failure are NaN.
+        stats: numbers about the solve per lane, each `[...]` or `[..., T]`.
+        observables: named quantities of the problem, each `[..., T, *axes]`.
+        settings: the numbers that define the run (problem and method).
+        method: `"flow"`, `"limit"`, `"sharp_limit"` or `"sgd"`.
+        batch_dims: names of the leading axes.
+    """
+
+    tau: Float[Array, " T"]
+    fast: PyTree[Array]
+    slow: PyTree[Array]
+    loss: Float[Array, "..."]
+    status: Int[Array, "..."]
+    stats: dict[str, Array]
+    observables: dict[str, Array]
+    coords: dict[str, Array]
+    settings: dict[str, Array]
+    method: str = eqx.field(static=True)
+    batch_dims: tuple[str, ...] = eqx.field(static=True)
+    dims: tuple[tuple[str, tuple[str, ...]], ...] = eqx.field(static=True)
+    notes: tuple[tuple[str, str], ...] = eqx.field(static=True)
+
+    @property
+    def success(self) -> Array:
+        """Whether each lane reached its last recorded time, `[...]`."""
+        return self.status == int(Status.SUCCESS)
+
+    def summary(self) -> str:
+        """One line per kind of ending: how many lanes, and what to do about the failed ones."""
+        values, counts = np.unique(np.asarray(self.status), return_counts=True)
+        total = int(np.size(self.status))
+        return "\n".join(
+            f"{count} of {total} lanes: {Status(value).name}. {Status(value).advice}"
+            for value, count in zip(values, counts, strict=True)
+        )
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The trajectory as a labelled dataset.
+
+        Axes are named (`seed`, `epsilon`, `tau`, `neuron`, `jump`, ...), and the settings, the
+        method, the versions and the key are attributes or scalar variables, so that the file
+        tells how it was made.
+        """
+        import xarray
+
+        fields = _named_leaves("fast", self.fast) | _named_leaves("slow", self.slow)
+        fields |= {"loss": self.loss, "status": self.status}
+        fields |= {f"stats.{name}": value for name, value in self.stats.items()}
+        fields |= dict(self.observables)
+        tau = np.asarray(self.tau)
+        extra = tau.ndim - 1
+        dims = dict(self.dims)
+        batch = _batch_names(np.ndim(self.status), self.batch_dims)
+        if extra:
+            # a `vmap` around the dynamics batched the recorded times as well
+            flat = tau.reshape(-1, tau.shape[-1])
+            if not np.all(flat == flat[0]):
+                raise ValueError(
+                    "`to_xarray` needs the same recorded times in every lane; these differ "
+                    f"along {batch[:extra]}. Convert the lanes one by one."
+                )
+            tau = flat[0]
+        variables: dict[str, Any] = {}
+        for name, value in fields.items():
+            array = np.asarray(value)
+            root, _, leaf = name.partition(".")
+            own = dims.get(root, ())
+            if root == "stats" or name in ("loss", "status"):
+                trailing = dims.get(leaf, ("tau",)) if array.ndim > len(batch) else ()
+            else:
+                trailing = ("tau", *own)
+                missing = array.ndim - len(batch) - len(trailing)
+                trailing += tuple(f"{name}_{axis}" for axis in range(missing))
+            variables[name] = ((*batch, *trailing), array)
+        for name, value in self.settings.items():
+            array = np.asarray(value)
+            if array.ndim == 0:
+                axes: tuple[str, ...] = ()
+            elif array.shape == np.shape(self.status):
+                axes = batch
+            else:
+                axes = tuple(f"{name}_{axis}" for axis in range(array.ndim))
+            variables[f"settings.{name}"] = (axes, array)
+        coords: dict[str, Any] = {"tau": tau}
+        for name, value in self.coords.items():
+            array = np.asarray(value)
+            coords[name] = array if array.ndim == 1 else array.reshape(-1, array.shape[-1])[0]
+        if "epsilon" in batch and "epsilon" in self.settings:
+            axis = batch.index("epsilon")
+            lanes = np.moveaxis(np.asarray(self.settings["epsilon"]), axis, 0)
+            coords["epsilon"] = lanes.reshape(lanes.shape[0], -1)[:, 0]
+        if "seed" in batch:
+            coords["seed"] = np.arange(np.shape(self.status)[batch.index("seed")])
+        dataset = xarray.Dataset(variables, coords)
+        dataset.attrs = {
+            "method": self.method,
+            "batch_dims": json.dumps(self.batch_dims),
+            "dims": json.dumps(self.dims),
+            "tts_jax": __version__,
+            **dict(self.notes),
+        }
+        return dataset
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write netCDF atomically: a killed write leaves no half file behind.
+
+        Raises:
+            OSError: the folder is missing or not writable; the message names it.
+        """
+        return write_netcdf(self.to_xarray(), path)
+
+
+def _named_leaves(name: str, tree: PyTree[Array]) -> dict[str, Array]:
+    if isinstance(tree, dict):
+        parts: dict[str, Array] = {}
+        for key, value in tree.items():
+            parts |= _named_leaves(f"{name}.{key}", value)
+        return parts
+    if not hasattr(tree, "shape"):
+        raise TypeError(
+            f"`to_xarray` labels states that are arrays or nested dicts of arrays; `{name}` is "
+            f"a {type(tree).__name__}."
+        )
+    return {name: tree}
+
+
+def _batch_names(count: int, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of all leading axes: those of the call, behind any that a `vmap` put in front."""
+    return tuple(f"batch_{axis}" for axis in range(count - len(known))) + known
+
+
+def write_netcdf(dataset: "xarray.Dataset", path: str | os.PathLike[str]) -> Path:
+    """Write `dataset` to `path` through a temporary file, fsync and rename.
+
+    Raises:
+        OSError: the folder is missing or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb"):
+            pass
+        dataset.to_netcdf(temporary, engine="h5netcdf")
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(
+            f"Cannot write `{path}`: {error.strerror or error}. Choose a folder that exists, is "
+            f"writable and has space left."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Trajectory:
+    """Read a trajectory that `Trajectory.save` wrote; arrays come back as NumPy float64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a trajectory.
+    """
+    import xarray
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no trajectory at `{path}`.")
+    with xarray.open_dataset(path, engine="h5netcdf") as opened:
+        dataset = opened.load()
+    if not {"method", "dims", "batch_dims"} <= set(dataset.attrs):
+        raise ValueError(
+            f"`{path}` is netCDF but not a trajectory: its attributes lack `method`, `dims` or "
+            f"`batch_dims`. Pass a file written by `Trajectory.save`."
+        )
+    dims = tuple((name, tuple(axes)) for name, axes in json.loads(dataset.attrs["dims"]))
+    groups: dict[str, Any] = {"fast": {}, "slow": {}, "stats": {}, "settings": {}}
+    observables = {}
+    for name, variable in dataset.data_vars.items():
+        head, _, tail = str(name).partition(".")
+        if head in groups:
+            _insert(groups, [head, *tail.split(".")] if tail else [head], variable.values)
+        elif name not in ("loss", "status"):
+            observables[str(name)] = variable.values
+    axes = {axis for _, names in dims for axis in names}
+    reserved = {"method", "batch_dims", "dims", "tts_jax"}
+    return Trajectory(
+        tau=dataset["tau"].values,
+        fast=groups["fast"],
+        slow=groups["slow"],
+        loss=dataset["loss"].values,
+        status=dataset["status"].values,
+        stats=groups["stats"],
+        observables=observables,
+        coords={str(k): v.values for k, v in dataset.coords.items() if k in axes},
+        settings=groups["settings"],
+        method=dataset.attrs["method"],
+        batch_dims=tuple(json.loads(dataset.attrs["batch_dims"])),
+        dims=dims,
+        notes=tuple((k, str(v)) for k, v in dataset.attrs.items() if k not in reserved),
+    )
+
+
+def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def record(
+    problem: AbstractProblem,
+    *,
+    method: str,
+    tau: Array,
+    fast: PyTree[Array],
+    slow: PyTree[Array],
+    loss: Array,
+    status: Array,
+    stats: dict[str, Array],
+    batch_dims: tuple[str, ...] = (),
+    settings: dict[str, Any] | None = None,
+    notes: dict[str, str] | None = None,
+) -> Trajectory:
+    """Assemble the answer of one dynamics; observables are computed from the states."""
+    return Trajectory(
+        tau=tau,
+        fast=fast,
+        slow=slow,
+        loss=loss,
+        status=status,
+        stats=stats,
+        observables=_over_lanes(_observables, jnp.ndim(loss), problem, fast, slow),
+        coords=problem.coords(),
+        settings=problem.settings() | (settings or {}),
+        method=method,
+        batch_dims=batch_dims,
+        dims=tuple(problem.dims.items()),
+        notes=(
+            ("problem", type(problem).__name__),
+            ("jax", jax.__version__),
+            ("python", platform.python_version()),
+            *(notes or {}).items(),
+        ),
+    )
+
+
+def raise_on_failure(trajectory: Trajectory) -> Trajectory:
+    """Raise for the first kind of failed lane; used where a caller asked `throw=True`.
+
+    Raises:
+        RuntimeError: some lane's status is not success.
+    """
+    if not is_traced(trajectory.status) and not np.all(np.asarray(trajectory.success)):
+        raise RuntimeError(trajectory.summary())
+    return trajectory
+
+
+def _observables(
+    problem: AbstractProblem, fast: PyTree[Array], slow: PyTree[Array]
+) -> dict[str, Array]:
+    return problem.observables(fast, slow)
+
+
+@eqx.filter_jit
+def _over_lanes(
+    function: Callable[..., Any],
+    leading: int,
+    problem: AbstractProblem,
+    fast: PyTree[Array],
+    slow: PyTree[Array],
+) -> Any:
+    """`function(problem, fast, slow)` mapped over the first `leading` axes of the states."""
+    mapped = function
+    for _ in range(leading):
+        mapped = jax.vmap(mapped, in_axes=(None, 0, 0))
+    return mapped(problem, fast, slow)

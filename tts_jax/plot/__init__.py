@@ -1,0 +1,24 @@
+"""Plots: arrays in, Axes out.
+
+Every function takes `ax=None`, draws into the given Axes or into a new Figure of its own, and
+returns the Axes. Nothing here uses `matplotlib.pyplot`, shows a window or changes the global
+`rcParams`; `with theme():` gives the package's look to whatever is created inside.
+"""
+
+from tts_jax.plot._curves import losses, network, positions
+from tts_jax.plot._style import METHODS, Style, figure, panel_letters, save, theme
+from tts_jax.plot._summary import boxes
+
+
+__all__ = [
+    "METHODS",
+    "Style",
+    "boxes",
+    "figure",
+    "losses",
+    "network",
+    "panel_letters",
+    "positions",
+    "save",
+    "theme",
+]
