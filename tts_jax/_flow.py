@@ -12,7 +12,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import ArrayLike, Float, PyTree
 
-from tts_jax import _checks
+from tts_jax import _checks, _compat
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._rosenbrock import Rodas5P
@@ -20,8 +20,12 @@ from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
 from tts_jax._types import Array
 
 
-# Above this ε the explicit solver needs less time than the stiff one (see benchmarks/flow.py).
-EXPLICIT_ABOVE = 1e-2
+# Explicit steps, as many as stability asks for on the critical manifold, below which the explicit
+# solver is the faster one (benchmarks/flow.py, m = 20). Before the fast variable gets there it
+# needs fewer.
+EXPLICIT_STEPS = 1000
+# Length of Tsit5's stability interval on the negative real axis.
+EXPLICIT_REACH = 3.3
 
 SolverName = Literal["auto", "rodas5p", "kvaerno5", "tsit5"]
 
@@ -53,7 +57,9 @@ def flow(
         atol: absolute tolerance of one step, in the units of the state.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
-            solver, or `"auto"`: Tsit5 when every ε is known and at least 1e-2, else Rodas5P.
+            solver, or `"auto"`: Tsit5 when the Jacobian at the start says that stability will
+            cost it few steps (a large ε and a short τ), else Rodas5P. Inside a transformation,
+            where numbers are unknown, `"auto"` is Rodas5P.
         max_steps: step limit of one lane.
         throw: raise on the first failure instead of returning its status.
         adjoint: how Diffrax differentiates through the solve; its default suits reverse mode,
@@ -75,7 +81,7 @@ def flow(
     check_finite_start(state)
     epsilon = jnp.asarray(epsilon, jnp.float64)
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
-    solver, solver_name = _choose_solver(solver, epsilon)
+    solver, solver_name = _choose_solver(solver, problem, state, epsilon, tau)
     run = Run(
         problem,
         tau,
@@ -143,15 +149,17 @@ def _slow_time_jacobian(
 
 
 def _choose_solver(
-    solver: SolverName | diffrax.AbstractSolver, epsilon: Array
+    solver: SolverName | diffrax.AbstractSolver,
+    problem: AbstractProblem,
+    state: State,
+    epsilon: Array,
+    tau: Float[ArrayLike, " T"],
 ) -> tuple[diffrax.AbstractSolver, str]:
     if isinstance(solver, diffrax.AbstractSolver):
         return solver, type(solver).__name__
     _checks.one_of("solver", solver, ("auto", "rodas5p", "kvaerno5", "tsit5"))
     if solver == "auto":
-        known = not _checks.is_traced(epsilon)
-        explicit = known and bool(np.all(np.asarray(epsilon) >= EXPLICIT_ABOVE))
-        solver = "tsit5" if explicit else "rodas5p"
+        solver = "rodas5p" if _is_stiff(problem, state, epsilon, tau) else "tsit5"
     choices: dict[str, Callable[[], diffrax.AbstractSolver]] = {
         "rodas5p": lambda: Rodas5P(jacobian=_slow_time_jacobian),
         # Diffrax's default root finder (VeryChord at the step tolerances) gives up on half of
@@ -160,6 +168,38 @@ def _choose_solver(
         "tsit5": diffrax.Tsit5,
     }
     return choices[solver](), solver
+
+
+def _is_stiff(
+    problem: AbstractProblem, state: State, epsilon: Array, tau: Float[ArrayLike, " T"]
+) -> bool:
+    """Whether stability would hold an explicit solver back, judged from the first few starts."""
+    if _checks.is_traced(problem, state, epsilon, tau) or _checks.inside_trace():
+        return True
+    lanes = batch_shape(problem, state)
+    few = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lanes) :])[:8], state)
+    rate = _fastest_rate(problem, few, jnp.min(epsilon))
+    # a rate that is not finite is for the solver to report
+    return not float(np.max(np.asarray(tau)) * rate) < EXPLICIT_STEPS * EXPLICIT_REACH
+
+
+@eqx.filter_jit
+def _fastest_rate(problem: AbstractProblem, states: State, epsilon: Array) -> Array:
+    """The largest spectral radius of the Jacobian over the states on the critical manifold."""
+
+    def one(state: State) -> Array:
+        on_manifold = State(problem.critical(state.slow), state.slow)
+        jacobian = _slow_time_jacobian(jnp.zeros(()), on_manifold, (problem, epsilon))
+
+        def iterate(_: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            image = jacobian @ pair[0]
+            size = jnp.linalg.norm(image)
+            return image / jnp.where(size > 0, size, 1.0), size
+
+        start = jnp.ones(jacobian.shape[0]) / jacobian.shape[0] ** 0.5
+        return jax.lax.fori_loop(0, 30, iterate, (start, jnp.zeros(())))[1]
+
+    return jnp.max(jax.lax.map(one, states))
 
 
 def _solve_lane(
@@ -268,8 +308,9 @@ def solve_lanes(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Run `solve(state, epsilon, *args)` on every lane of the broadcast batch of both.
 
-    On a CPU lanes run one after the other, each with its own number of steps, so a lane gives
-    the same bits alone and in a batch; elsewhere they run together under `vmap`.
+    On a CPU device lanes run one after the other, each with its own number of steps, so that no
+    lane waits for another; elsewhere they run together under `vmap`. Several local devices
+    share the lanes.
 
     Returns:
         The stacked answers and the names of the batch axes.
@@ -283,28 +324,49 @@ def solve_lanes(
             f"shape {epsilon.shape}. Give it shape `[..., 1]` to cross it with the starts."
         ) from error
     if not shape:
-        return _map_lanes(solve, "one", state, epsilon, args), ()
+        return _map_lanes(solve, "one", None, (state, epsilon), args), ()
     count = math.prod(shape)
 
     def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
         return jnp.broadcast_to(leaf, shape + own).reshape(count, *own)
 
     flat = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
-    how = "one by one" if jax.default_backend() == "cpu" else "together"
-    answer = _map_lanes(solve, how, flat, flatten(epsilon, ()), args)
-    answer = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), answer)
+    flat = (flat, flatten(epsilon, ()))
+    if _checks.is_traced(flat, args) or _checks.inside_trace():
+        devices = jax.local_devices()[:1]
+    else:
+        devices = jax.local_devices()[:count]
+    mesh = _compat.lane_mesh(devices)
+    # idle lanes of the last device repeat the first ones
+    padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+    flat = jax.tree.map(lambda leaf: leaf[padded], flat)
+    how = "one by one" if devices[0].platform == "cpu" else "together"
+    answer = _map_lanes(solve, how, mesh, flat, args)
+    answer = jax.tree.map(lambda leaf: leaf[:count].reshape(*shape, *leaf.shape[1:]), answer)
     return answer, _axis_names(lanes, epsilon.shape, shape)
 
 
 @eqx.filter_jit
 def _map_lanes(
-    solve: Callable[..., Any], how: str, state: State, epsilon: Array, args: tuple[Any, ...]
+    solve: Callable[..., Any],
+    how: str,
+    mesh: jax.sharding.Mesh | None,
+    lanes: tuple[State, Array],
+    args: tuple[Any, ...],
 ) -> Any:
     if how == "one":
-        return solve(state, epsilon, *args)
-    if how == "together":
-        return jax.vmap(lambda s, e: solve(s, e, *args))(state, epsilon)
-    return jax.lax.map(lambda lane: solve(*lane, *args), (state, epsilon))
+        return solve(*lanes, *args)
+    numbers, static = eqx.partition(args, eqx.is_array)
+
+    def on_device(lanes: tuple[State, Array], numbers: Any) -> Any:
+        args = eqx.combine(numbers, static)
+
+        def one(lane: tuple[State, Array]) -> Any:
+            return solve(*lane, *args)
+
+        return jax.vmap(one)(lanes) if how == "together" else jax.lax.map(one, lanes)
+
+    return _compat.over_devices(on_device, mesh, (True, False))(lanes, numbers)
 
 
 def _axis_names(

@@ -62,7 +62,7 @@ def limit(
     check_finite_start(state)
     if not isinstance(solver, diffrax.AbstractSolver):
         name = _checks.one_of("solver", solver, ("rodas5p", "tsit5"))
-        solver = Rodas5P() if name == "rodas5p" else diffrax.Tsit5()
+        solver = Rodas5P(jacobian=_reduced_jacobian) if name == "rodas5p" else diffrax.Tsit5()
     else:
         name = type(solver).__name__
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
@@ -92,6 +92,11 @@ def limit(
 def _reduced_field(tau: Array, y: State, problem: AbstractProblem) -> State:
     del tau
     return State(None, problem.reduced_field(y.slow))
+
+
+def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
+    del tau
+    return problem.reduced_jacobian(problem.critical(y.slow), y.slow)
 
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:

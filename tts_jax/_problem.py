@@ -77,6 +77,19 @@ class AbstractProblem(eqx.Module):
         """V(y*(x), x): the velocity of the reduced flow, by the envelope theorem."""
         return self.slow_field(self.critical(slow), slow)
 
+    def reduced_jacobian(
+        self, fast: PyTree[Array], slow: PyTree[Array]
+    ) -> Float[Array, "n_slow n_slow"]:
+        """The Jacobian of `reduced_field` at `fast` = y*(x), in flattened coordinates.
+
+        By the implicit function theorem it is the Schur complement of the fast block of
+        `jacobian`, for a fast variable that is stationary on the critical manifold.
+        """
+        count = ravel_pytree(fast)[0].size
+        jacobian = self.jacobian(fast, slow)
+        response = jnp.linalg.solve(jacobian[:count, :count], jacobian[:count, count:])
+        return jacobian[count:, count:] - jacobian[count:, :count] @ response
+
     def sharp(self, slow: PyTree[Array], tau: Float[Array, " T"]) -> dict[str, Any]:
         """The closed form behind `sharp_limit`: fast, slow, loss, status and stats at `tau`."""
         del slow, tau

@@ -70,7 +70,7 @@ def reproduce(
     figure: Annotated[
         tyro.conf.Positional[FigureName],
         tyro.conf.arg(
-            metavar="FIGURE",
+            metavar="[figure3|figure4|figure5|figure7|all]",
             help="figure3: networks in the two-timescale regime, ε = 2e-5. figure4: the same run "
             "against the gradient flow and the limits. figure5: one learning rate for both "
             "layers, ε = 1. figure7: box plot of the final loss against ε. all: these four.",

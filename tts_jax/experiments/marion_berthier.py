@@ -30,9 +30,6 @@ Scale = Literal["quick", "paper"]
 Data = dict[str, tts.Trajectory]
 OnResult = Callable[[str, tts.Trajectory], None]
 
-# The paper's figures need fewer digits than the solver's default tolerance gives; over τ = 10
-# at ε = 1 the stiff solver takes a fiftieth of the explicit one's steps.
-_FLOW_OPTIONS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "solver": "rodas5p"}
 _GRID = np.linspace(0.0, 1.0, 2001)
 
 
@@ -251,7 +248,7 @@ def _compare(
     (epsilon,) = settings.epsilon
     compute: dict[str, Callable[[], tts.Trajectory]] = {
         "sgd": lambda: _sgd(settings, epsilon, progress),
-        "flow": lambda: tts.flow(problem, start, epsilon=epsilon, tau=tau, **_FLOW_OPTIONS),
+        "flow": lambda: tts.flow(problem, start, epsilon=epsilon, tau=tau),
         "limit": lambda: tts.limit(problem, start, tau=tau),
         "sharp_limit": lambda: tts.sharp_limit(problem, start, tau=tau),
     }
@@ -371,9 +368,9 @@ def draw_figure4(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
         times: the two slow times of the networks.
     """
     with plot.theme():
-        drawing = plot.figure(11.0, 5.4)
+        drawing = plot.figure(10.4, 5.2)
         panels = drawing.subplot_mosaic(
-            [["early", "one", "path"], ["late", "all", "path"]], width_ratios=[1.0, 1.05, 1.1]
+            [["early", "one", "path"], ["late", "all", "path"]], width_ratios=[1.0, 1.0, 1.15]
         )
         pair = {name: data[name] for name in ("sgd", "limit")}
         wanted = _spread(times or _TWO_TIMESCALE.snapshots[2:], data["sgd"], 2)
@@ -382,19 +379,23 @@ def draw_figure4(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
 
         order = [name for name in ("sgd", "flow", "limit", "sharp_limit") if name in data]
         ended = [name for name in order if bool(np.ravel(data[name].success)[0])]
-        plot.losses({name: _first_loss(data[name]) for name in ended}, ax=panels["one"])
-        panels["one"].set_title("published start", loc="right")
-        many = [name for name in ("sgd", "flow", "limit") if name in data]
-        losses = {name: _all_losses(data[name]) for name in many}
-        plot.losses(losses, legend=False, ax=panels["all"])
+        first = {name: _first_loss(data[name]) for name in ended}
+        plot.losses(first, legend=False, ax=panels["one"])
+        panels["one"].set_title("seed 0", loc="right")
+        many = [name for name in order if name != "sharp_limit"]
+        seeds = {name: _all_losses(data[name]) for name in many}
+        plot.losses(seeds, legend=False, ax=panels["all"])
         panels["all"].set_title(_seeds_title(data["sgd"]), loc="right")
         _floor([panels["one"], panels["all"]], data)
 
         plot.positions(
             {name: (data[name].tau, _first(data[name].slow)) for name in pair},
             jumps=_jumps(data["sgd"]),
+            legend=False,
             ax=panels["path"],
         )
+        panels["path"].set_title("neurons of seed 0, jumps of the target", loc="right")
+        _legend(drawing, panels["one"], panels["early"])
         plot.panel_letters([panels[name] for name in ("early", "late", "one", "all", "path")])
     return drawing
 
@@ -417,7 +418,7 @@ def draw_figure5(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
         _legend(drawing, panels[2])
         names = [name for name in ("sgd", "flow") if name in data]
         plot.losses({name: _all_losses(data[name]) for name in names}, legend=False, ax=panels[3])
-        panels[3].set_title(_seeds_title(sgd))
+        panels[3].set_title(_seeds_title(sgd), loc="right")
         panels[3].legend(loc="upper right")
         plot.panel_letters(panels)
     return drawing
@@ -482,10 +483,14 @@ def _mark_missed(ax: Axes, trajectory: tts.Trajectory) -> None:
         )
 
 
-def _legend(owner: Figure, source: Axes) -> None:
-    """The entries of `source` in one row above all panels of `owner`."""
-    handles, labels = source.get_legend_handles_labels()
-    owner.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+def _legend(owner: Figure, *sources: Axes) -> None:
+    """The entries of `sources`, each once, in one row above all panels of `owner`."""
+    entries: dict[str, Any] = {}
+    for source in sources:
+        for handle, label in zip(*source.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = list(entries)
+    owner.legend(list(entries.values()), labels, loc="outside upper center", ncols=len(labels))
 
 
 def _floor(panels: Sequence[Axes], data: Mapping[str, tts.Trajectory]) -> None:

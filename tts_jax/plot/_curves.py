@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tts_jax.plot._style import TARGET_COLOR, axes, method_style, theme
 
@@ -58,6 +59,7 @@ def network(
                 linestyle=style.dashes,
                 label=style.label,
                 zorder=style.order,
+                **_emphasis(index, len(curves)),
             )
         if neurons is not None:
             color = method_style(next(iter(curves), ""), 0).color
@@ -73,6 +75,7 @@ def network(
                     label="neurons" if index == 0 else None,
                 )
         ax.set_xlim(0.0, 1.0)
+        ax.margins(y=0.08)
         ax.set_xlabel("input x")
         ax.set_ylabel("output f(x)")
         ax.grid(visible=False)
@@ -126,10 +129,20 @@ def losses(
                     bottom,
                     top,
                     color=style.color,
-                    alpha=0.16,
+                    alpha=0.13,
                     linewidth=0.0,
                     zorder=style.order - 1.0,
                 )
+                for edge in (bottom, top):
+                    ax.plot(
+                        tau,
+                        edge,
+                        color=style.color,
+                        linestyle=style.dashes,
+                        linewidth=0.6,
+                        alpha=0.7,
+                        zorder=style.order - 0.5,
+                    )
             ax.plot(
                 tau,
                 middle,
@@ -189,8 +202,8 @@ def positions(
                 places,
                 color=style.color,
                 linestyle=style.dashes,
-                linewidth=1.2,
                 zorder=style.order,
+                **_emphasis(index, len(curves)),
             )
             lines[0].set_label(style.label)
         _span(ax, [tau for tau, _ in curves.values()])
@@ -215,6 +228,13 @@ def legend_above(ax: Axes, columns: int = 2) -> None:
         )
 
 
+def _emphasis(index: int, count: int) -> dict[str, Any]:
+    """Curves that agree lie on each other: the first of several is wide and pale, the rest thin."""
+    if index == 0 and count > 1:
+        return {"linewidth": 2.6, "alpha": 0.55}
+    return {"linewidth": 1.3}
+
+
 def _vectors(name: str, x: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
     x, values = np.asarray(x, dtype=float), np.asarray(values, dtype=float)
     if x.ndim != 1 or x.shape != values.shape:
@@ -230,6 +250,7 @@ def _span(ax: Axes, times: Sequence[Any]) -> None:
     end = max((float(np.asarray(tau)[-1]) for tau in times if np.size(tau)), default=0.0)
     if end > 0.0:
         ax.set_xlim(0.0, end)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _quantiles(rows: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:

@@ -47,7 +47,7 @@ _OTHERS = (
     (VERMILLION, (0, (1, 1.2))),
 )
 
-_THEME = {
+_THEME: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#4D4D4D",
     "axes.grid": True,

@@ -272,8 +272,7 @@ class Univariate(AbstractProblem):
         that number.
         """
         gram, target = self._gram(slow)
-        shift = 8.0 * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-        factor = jax.scipy.linalg.cho_factor(gram + shift * jnp.eye(self.neurons + 1))
+        factor = _shifted_cholesky(gram)
         solution = jax.scipy.linalg.cho_solve(factor, target)
         for _ in range(3):
             residual = target - gram @ solution
@@ -283,6 +282,15 @@ class Univariate(AbstractProblem):
         places = jnp.clip(jnp.concatenate([ends[0] * jnp.ones(1), slow]), *ends)
         same = (places[:, None] == places[None, :]).astype(gram.dtype)
         return (same @ solution) / jnp.sum(same, axis=1)
+
+    def reduced_jacobian(
+        self, fast: Float[Array, " m1"], slow: Float[Array, " m"]
+    ) -> Float[Array, "m m"]:
+        split = self.neurons + 1
+        hessian = self.hessian(fast, slow)
+        cross = hessian[:split, split:]
+        factor = _shifted_cholesky(hessian[:split, :split])
+        return cross.T @ jax.scipy.linalg.cho_solve(factor, cross) - hessian[split:, split:]
 
     @double_precision
     @eqx.filter_jit
@@ -423,6 +431,12 @@ class Univariate(AbstractProblem):
             - _step.step((jumps - slow[:, None]) / eta) @ heights
         )
         return _Integrals(gram, target, cross, jnp.where(inside, target_bump, 0.0))
+
+
+def _shifted_cholesky(matrix: Float[Array, "n n"]) -> tuple[Array, bool]:
+    """The Cholesky factor of a Gram matrix shifted by a few ulp, so that it always exists."""
+    shift = 8.0 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
+    return jax.scipy.linalg.cho_factor(matrix + shift * jnp.eye(matrix.shape[0]))
 
 
 def _right_excess(p: Array, q: Array) -> Array:
