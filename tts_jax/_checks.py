@@ -23,39 +23,80 @@ def inside_trace() -> bool:
 
 
 def _show(value: Any) -> str:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of unequal lengths
+        return repr(value)
     return f"{array.item()!r}" if array.ndim == 0 else np.array2string(array, threshold=8)
 
 
-def argument_error(name: str, must: str, value: Any, remedy: str) -> ValueError:
-    """The one wording of every refused argument."""
-    return ValueError(f"Argument `{name}` must {must}, got {_show(value)}. {remedy}")
+def argument_error(name: str, must: str, value: Any, remedy: str, bad: Any = None) -> ValueError:
+    """The one wording of every refused argument; `bad` marks the refused entries of an array."""
+    where = ""
+    if bad is not None and np.ndim(bad) and np.any(bad):
+        index = tuple(int(axis[0]) for axis in np.nonzero(bad))
+        where = f" with {np.asarray(value)[index].item()!r} at index {list(index)}"
+    return ValueError(f"Argument `{name}` must {must}, got {_show(value)}{where}. {remedy}")
 
 
-def positive(name: str, value: Any, remedy: str) -> Any:
-    """Refuse a concrete `value` that is not finite and > 0 everywhere."""
+def _numbers(name: str, value: Any, remedy: str) -> np.ndarray:
+    """A concrete `value` as an array of floats."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise argument_error(name, "be an array of one shape", value, remedy) from None
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or np.issubdtype(array.dtype, np.integer)
+    if array.size and not is_real:
+        raise argument_error(name, "be made of real numbers", value, remedy)
+    return array.astype(float)
+
+
+def _single(name: str, value: Any, remedy: str) -> None:
+    if is_traced(value) and np.ndim(value):
+        raise ValueError(
+            f"Argument `{name}` must be one number, got shape {np.shape(value)}. {remedy}"
+        )
+    if not is_traced(value) and _numbers(name, value, remedy).ndim:
+        raise argument_error(name, "be one number", value, remedy)
+
+
+def positive(name: str, value: Any, remedy: str, *, single: bool = False) -> Any:
+    """Refuse a concrete `value` that is not finite and > 0 everywhere, or not one number."""
+    if single:
+        _single(name, value, remedy)
     if not is_traced(value):
-        array = np.asarray(value, dtype=float)
-        if array.size == 0 or not np.all(np.isfinite(array) & (array > 0)):
-            raise argument_error(name, "be positive", value, remedy)
+        array = _numbers(name, value, remedy)
+        good = np.isfinite(array) & (array > 0)
+        if array.size == 0 or not np.all(good):
+            raise argument_error(name, "be positive", value, remedy, ~good)
     return value
 
 
-def nonnegative(name: str, value: Any, remedy: str) -> Any:
-    """Refuse a concrete `value` that is not finite and >= 0 everywhere."""
+def nonnegative(name: str, value: Any, remedy: str, *, single: bool = False) -> Any:
+    """Refuse a concrete `value` that is not finite and >= 0 everywhere, or not one number."""
+    if single:
+        _single(name, value, remedy)
     if not is_traced(value):
-        array = np.asarray(value, dtype=float)
-        if array.size == 0 or not np.all(np.isfinite(array) & (array >= 0)):
-            raise argument_error(name, "be zero or positive", value, remedy)
+        array = _numbers(name, value, remedy)
+        good = np.isfinite(array) & (array >= 0)
+        if array.size == 0 or not np.all(good):
+            raise argument_error(name, "be zero or positive", value, remedy, ~good)
+    return value
+
+
+def real(name: str, value: Any, remedy: str) -> Any:
+    """Refuse a concrete `value` that is not made of real numbers."""
+    if not is_traced(value):
+        _numbers(name, value, remedy)
     return value
 
 
 def finite(name: str, value: Any, remedy: str) -> Any:
     """Refuse a concrete `value` with a NaN or an infinity in it."""
     if not is_traced(value):
-        array = np.asarray(value, dtype=float)
-        if not np.all(np.isfinite(array)):
-            raise argument_error(name, "be finite", value, remedy)
+        good = np.isfinite(_numbers(name, value, remedy))
+        if not np.all(good):
+            raise argument_error(name, "be finite", value, remedy, ~good)
     return value
 
 
@@ -67,17 +108,44 @@ def positive_integer(name: str, value: Any, remedy: str) -> int:
     return int(value)
 
 
-def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+def one_of(name: str, value: Any, allowed: Iterable[str], remedy: str = "") -> str:
     """Refuse a `value` that is not among `allowed`."""
     allowed = tuple(allowed)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"Argument `{name}` must be one of {choices}, got {value!r}.")
+        advice = f" {remedy}" if remedy else ""
+        raise ValueError(f"Argument `{name}` must be one of {choices}, got {value!r}.{advice}")
+    return value
+
+
+def single_key(key: Any, remedy: str) -> Any:
+    """Refuse what is not one random key, typed or of the older interface."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(
+            f"Argument `key` must be a random key, got {key!r}. Pass for example "
+            f"`key=jax.random.key(0)`."
+        )
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"Argument `key` must be a single key, got shape {key.shape}. {remedy}")
+    return key
+
+
+def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
+    """Refuse a `value` that is not a `kind`."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        got = repr(value) if len(repr(value)) < 80 else f"a `{type(value).__name__}`"
+        raise TypeError(
+            f"Argument `{name}` must be {article} `{kind.__name__}`, got {got}. {remedy}"
+        )
     return value
 
 
 def increasing_times(tau: Any) -> Any:
     """Refuse recorded times that are not a strictly increasing vector of numbers >= 0."""
+    if not is_traced(tau):
+        _numbers("tau", tau, "Pass for example `jnp.linspace(0, 0.035, 101)`.")
     if np.ndim(tau) != 1 or np.shape(tau)[0] == 0:
         raise ValueError(
             f"Argument `tau` must be a vector of at least one recorded time, got shape "
@@ -85,11 +153,13 @@ def increasing_times(tau: Any) -> Any:
         )
     if not is_traced(tau):
         array = np.asarray(tau, dtype=float)
-        if not np.all(np.isfinite(array)) or array[0] < 0 or np.any(np.diff(array) <= 0):
+        good = np.isfinite(array) & (array >= 0) & (np.diff(array, prepend=-np.inf) > 0)
+        if not np.all(good):
             raise argument_error(
                 "tau",
                 "be finite, non-negative and strictly increasing",
                 tau,
                 "Sort the recorded times and drop repeated ones.",
+                ~good,
             )
     return tau

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike, Float
 
 from tts_jax import _checks
-from tts_jax._flow import Run, check_finite_start, lane_answer, solve_lanes
+from tts_jax._flow import Run, check_start, lane_answer, solve_lanes
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
@@ -58,10 +58,12 @@ def limit(
         ValueError: an argument is out of range or has the wrong shape.
         RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
     """
-    require_double_precision("limit", state, tau)
-    check_finite_start(state)
+    require_double_precision("limit", problem, state, tau)
+    check_start(problem, state)
     if not isinstance(solver, diffrax.AbstractSolver):
-        name = _checks.one_of("solver", solver, ("rodas5p", "tsit5"))
+        name = _checks.one_of(
+            "solver", solver, ("rodas5p", "tsit5"), "Or pass a Diffrax solver, `diffrax.Tsit5()`."
+        )
         solver = Rodas5P(jacobian=_reduced_jacobian) if name == "rodas5p" else diffrax.Tsit5()
     else:
         name = type(solver).__name__
@@ -133,9 +135,9 @@ def sharp_limit(
         TypeError: the problem has no sharp limit.
         RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
     """
-    require_double_precision("sharp_limit", state, tau)
+    require_double_precision("sharp_limit", problem, state, tau)
     _checks.increasing_times(tau)
-    check_finite_start(state)
+    check_start(problem, state)
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
     tau = jnp.asarray(tau, jnp.float64)
     answer, names = solve_lanes(problem, _sharp_lane, state, jnp.zeros(()), problem, tau)

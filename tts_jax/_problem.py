@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree
 
@@ -43,6 +44,11 @@ class AbstractProblem(eqx.Module):
     gradients: ClassVar[tuple[str, ...]] = ("exact",)
     # Whether the problem answers `tts_jax._lanes.LaneProblem`, for the batch-last engine.
     lanes: ClassVar[bool] = False
+
+    def __hash__(self) -> int:
+        # by value, so that a bound method is hashable and `jax.jit(problem.loss)` works
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)))
 
     @abc.abstractmethod
     def init(self, *, key: PRNGKeyArray) -> State:
@@ -72,6 +78,19 @@ class AbstractProblem(eqx.Module):
         """The Jacobian of `fields` in the flattened coordinates (fast, slow)."""
         flat, unravel = ravel_pytree(State(fast, slow))
         return jax.jacfwd(lambda y: ravel_pytree(self.fields(*unravel(y)))[0])(flat)
+
+    def fastest_rate(
+        self, fast: PyTree[Array], slow: PyTree[Array], epsilon: Array
+    ) -> Float[Array, ""]:
+        """About the fastest rate, in slow time, that the flow from this start will meet.
+
+        `flow` compares it with τ to tell whether the problem is stiff. The default looks at the
+        Jacobian at the start, on the critical manifold; a problem that stiffens on its way
+        replaces it.
+        """
+        count = ravel_pytree(fast)[0].size
+        jacobian = self.jacobian(self.critical(slow), slow)
+        return jnp.linalg.norm(jacobian.at[:count].divide(epsilon), ord=2)
 
     def reduced_field(self, slow: PyTree[Array]) -> PyTree[Array]:
         """V(y*(x), x): the velocity of the reduced flow, by the envelope theorem."""

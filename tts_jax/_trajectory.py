@@ -1,5 +1,6 @@
 """The one answer of every dynamics: recorded times, states, losses and a status per lane."""
 
+import contextlib
 import enum
 import json
 import os
@@ -139,32 +140,29 @@ class Trajectory(eqx.Module):
         variables: dict[str, Any] = {}
         for name, value in fields.items():
             array = np.asarray(value)
-            root, _, leaf = name.partition(".")
-            own = dims.get(root, ())
-            if root == "stats" or name in ("loss", "status"):
-                trailing = dims.get(leaf, ("tau",)) if array.ndim > len(batch) else ()
-            else:
-                trailing = ("tau", *own)
-                missing = array.ndim - len(batch) - len(trailing)
-                trailing += tuple(f"{name}_{axis}" for axis in range(missing))
-            variables[name] = ((*batch, *trailing), array)
+            own = dims.get(name.removeprefix("stats."), ())
+            rest = array.ndim - len(batch)
+            # a statistic may have one value per lane, all others have one per recorded time
+            per_lane = name.startswith("stats.") and own and rest == len(own)
+            if rest and not per_lane:
+                own = ("tau", *_axes(name, own, rest - 1))
+            variables[name] = ((*batch, *own[:rest]), array)
         for name, value in self.settings.items():
             array = np.asarray(value)
-            if array.ndim == 0:
-                axes: tuple[str, ...] = ()
-            elif array.shape == np.shape(self.status):
+            if name == "epsilon" and array.shape == np.shape(self.status):
                 axes = batch
             else:
-                axes = tuple(f"{name}_{axis}" for axis in range(array.ndim))
+                axes = (*batch[:extra], *_axes(name, dims.get(name, ()), array.ndim - extra))
             variables[f"settings.{name}"] = (axes, array)
         coords: dict[str, Any] = {"tau": tau}
         for name, value in self.coords.items():
             array = np.asarray(value)
             coords[name] = array if array.ndim == 1 else array.reshape(-1, array.shape[-1])[0]
-        if "epsilon" in batch and "epsilon" in self.settings:
-            axis = batch.index("epsilon")
-            lanes = np.moveaxis(np.asarray(self.settings["epsilon"]), axis, 0)
-            coords["epsilon"] = lanes.reshape(lanes.shape[0], -1)[:, 0]
+        if "epsilon" in batch:
+            lanes = np.moveaxis(np.asarray(self.settings["epsilon"]), batch.index("epsilon"), 0)
+            lanes = lanes.reshape(lanes.shape[0], -1)
+            if np.all(lanes == lanes[:, :1]):
+                coords["epsilon"] = lanes[:, 0]
         if "seed" in batch:
             coords["seed"] = np.arange(np.shape(self.status)[batch.index("seed")])
         dataset = xarray.Dataset(variables, coords)
@@ -200,6 +198,11 @@ def _named_leaves(name: str, tree: PyTree[Array]) -> dict[str, Array]:
     return {name: tree}
 
 
+def _axes(name: str, known: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """The names of `count` axes: the known ones, or numbered ones."""
+    return known if len(known) == count else tuple(f"{name}_{axis}" for axis in range(count))
+
+
 def _batch_names(count: int, known: tuple[str, ...]) -> tuple[str, ...]:
     """Names of all leading axes: those of the call, behind any that a `vmap` put in front."""
     return tuple(f"batch_{axis}" for axis in range(count - len(known))) + known
@@ -226,7 +229,8 @@ def write_netcdf(dataset: "xarray.Dataset", path: str | os.PathLike[str]) -> Pat
             f"writable and has space left."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -239,14 +243,20 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
     """
     import xarray
 
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no trajectory at `{path}`.")
-    with xarray.open_dataset(path, engine="h5netcdf") as opened:
-        dataset = opened.load()
+    remedy = "Pass a file written by `Trajectory.save`."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file `{path}`. {remedy}")
+    try:
+        with xarray.open_dataset(path, engine="h5netcdf") as opened:
+            dataset = opened.load()
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(f"`{path}` is damaged or not netCDF: {error}. {remedy}") from error
     if not {"method", "dims", "batch_dims"} <= set(dataset.attrs):
         raise ValueError(
             f"`{path}` is netCDF but not a trajectory: its attributes lack `method`, `dims` or "
-            f"`batch_dims`. Pass a file written by `Trajectory.save`."
+            f"`batch_dims`. {remedy}"
         )
     dims = tuple((name, tuple(axes)) for name, axes in json.loads(dataset.attrs["dims"]))
     groups: dict[str, Any] = {"fast": {}, "slow": {}, "stats": {}, "settings": {}}
@@ -306,7 +316,10 @@ def record(
         stats=stats,
         observables=_over_lanes(_observables, jnp.ndim(loss), problem, fast, slow),
         coords=problem.coords(),
-        settings=problem.settings() | (settings or {}),
+        settings={
+            name: value if is_traced(value) else np.asarray(value)
+            for name, value in (problem.settings() | (settings or {})).items()
+        },
         method=method,
         batch_dims=batch_dims,
         dims=tuple(problem.dims.items()),

@@ -180,7 +180,7 @@ def sharp_trajectory(
     fast = jnp.where(known[:, None], fast, jnp.nan)
     positions = jnp.where(known[:, None], positions, jnp.nan)
     loss = jnp.where(covered, loss, jnp.nan)
-    status = jnp.where(covered, int(Status.SUCCESS), int(Status.NOT_COVERED))
+    status = jnp.where(covered, int(Status.SUCCESS), int(Status.NOT_COVERED)).astype(jnp.int32)
     return fast, positions, loss, status, jnp.where(covered, hitting, jnp.nan)
 
 

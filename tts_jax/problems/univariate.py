@@ -24,7 +24,7 @@ from tts_jax.problems import _sharp, _step, _univariate_sgd
 
 def _as_float(value: ArrayLike) -> Array:
     """A concrete number as a NumPy float64 array (it keeps its digits whatever x64 says)."""
-    return value if isinstance(value, jax.Array) else np.asarray(value, dtype=np.float64)
+    return jnp.asarray(value) if _checks.is_traced(value) else np.asarray(value, dtype=np.float64)
 
 
 class PiecewiseConstant(eqx.Module):
@@ -49,17 +49,20 @@ class PiecewiseConstant(eqx.Module):
             ValueError: jumps unsorted, repeated, outside (0, 1) or not finite; values not
                 finite or not one more than the jumps.
         """
+        _checks.real("jumps", jumps, "Give the positions of the jumps inside (0, 1).")
+        _checks.finite("values", values, "Give every piece a finite level.")
         self.jumps = _as_float(jumps)
         self.values = _as_float(values)
         if self.jumps.ndim != 1 or self.values.ndim != 1:
             raise ValueError(
                 f"Arguments `jumps` and `values` must be vectors, got shapes "
-                f"{self.jumps.shape} and {self.values.shape}."
+                f"{self.jumps.shape} and {self.values.shape}. Use `[0.5]` for a single jump."
             )
         if self.values.shape[0] != self.jumps.shape[0] + 1:
             raise ValueError(
                 f"Argument `values` must have one entry more than `jumps` (one per piece), got "
-                f"{self.values.shape[0]} values for {self.jumps.shape[0]} jumps."
+                f"{self.values.shape[0]} values for {self.jumps.shape[0]} jumps. Add or drop "
+                f"levels."
             )
         if not _checks.is_traced(self.jumps):
             concrete = np.asarray(self.jumps)
@@ -71,13 +74,13 @@ class PiecewiseConstant(eqx.Module):
                     concrete,
                     "Sort the jumps, drop repeated ones and rescale the target to [0, 1].",
                 )
-        _checks.finite("values", self.values, "Give every piece a finite level.")
 
     @property
     def heights(self) -> Float[Array, " jumps"]:
         """The signed jump heights α_k, `[jumps]`."""
         return jnp.diff(self.values) if _checks.is_traced(self.values) else np.diff(self.values)
 
+    @double_precision
     def __call__(self, x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """f*(x), right-continuous at the jumps; any shape of `x`."""
         piece = jnp.searchsorted(jnp.asarray(self.jumps), jnp.asarray(x), side="right")
@@ -117,6 +120,7 @@ class Univariate(AbstractProblem):
         "fast": ("weight",),
         "slow": ("neuron",),
         "recovery": ("jump",),
+        "values": ("piece",),
         "hitting_time": ("jump",),
     }
     gradients: ClassVar = _univariate_sgd.GRADIENTS
@@ -134,13 +138,14 @@ class Univariate(AbstractProblem):
 
         Raises:
             ValueError: `neurons` < 1, `eta` not positive, `noise` negative.
+            TypeError: `target` is not a `PiecewiseConstant`.
         """
-        self.target = target
+        remedy = "Build it with `tts.PiecewiseConstant(jumps, values)`."
+        self.target = _checks.instance("target", target, PiecewiseConstant, remedy)
         self.neurons = _checks.positive_integer("neurons", neurons, "The paper uses 20.")
-        self.eta = _as_float(_checks.positive("eta", eta, "The paper uses 4e-3."))
-        self.noise = _as_float(
-            _checks.nonnegative("noise", noise, "It is the half-width of the label noise.")
-        )
+        self.eta = _as_float(_checks.positive("eta", eta, "The paper uses 4e-3.", single=True))
+        remedy = "It is the half-width of the label noise; the paper uses 1."
+        self.noise = _as_float(_checks.nonnegative("noise", noise, remedy, single=True))
 
     # --- states -----------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class Univariate(AbstractProblem):
         Returns:
             `State(fast=[m+1], slow=[m])`.
         """
+        key = _checks.single_key(key, "For many starts map `init` over keys with `jax.vmap`.")
         slow = jnp.sort(jax.random.uniform(key, (self.neurons,)))
         return State(jnp.zeros(self.neurons + 1), slow)
 
@@ -163,6 +169,7 @@ class Univariate(AbstractProblem):
         Raises:
             ValueError: a wrong number of neurons, or positions or weights that are not finite.
         """
+        _checks.finite("slow", slow, "Give every neuron a finite position.")
         if np.ndim(slow) < 1 or np.shape(slow)[-1] != self.neurons:
             raise ValueError(
                 f"Argument `slow` must have the {self.neurons} neurons of the problem on its "
@@ -170,16 +177,16 @@ class Univariate(AbstractProblem):
                 f"`neurons={np.shape(slow)[-1] if np.ndim(slow) else 1}` or pass other positions."
             )
         shape = (*np.shape(slow)[:-1], self.neurons + 1)
+        if fast is not None:
+            _checks.finite("fast", fast, "Give every weight a finite value.")
         if fast is not None and np.shape(fast) != shape:
             raise ValueError(
                 f"Argument `fast` must have shape {shape} (the bias first, then one weight per "
-                f"neuron), got {np.shape(fast)}."
+                f"neuron), got {np.shape(fast)}. Leave it out for zero weights."
             )
-        _checks.finite("slow", slow, "Give every neuron a finite position.")
         slow = jnp.asarray(slow, dtype=jnp.result_type(float))
         if fast is None:
             return State(jnp.zeros(shape, slow.dtype), slow)
-        _checks.finite("fast", fast, "Give every weight a finite value.")
         return State(jnp.asarray(fast, dtype=jnp.result_type(float)), slow)
 
     def structure(self) -> State:
@@ -197,6 +204,7 @@ class Univariate(AbstractProblem):
         self, fast: Float[Array, " m1"], slow: Float[Array, " m"], x: Float[ArrayLike, "..."]
     ) -> Float[Array, "..."]:
         """The network f(x; a, u) at any shape of `x`."""
+        fast, slow = self._vector("fast", fast), self._vector("slow", slow)
         x = jnp.asarray(x)
         return fast[0] + _step.step((x[..., None] - slow) / self.eta) @ fast[1:]
 
@@ -204,6 +212,7 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def loss(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line."""
+        fast, slow = self._vector("fast", fast), self._vector("slow", slow)
         gram, target = self._gram(slow)
         values, jumps = jnp.asarray(self.target.values), jnp.asarray(self.target.jumps)
         lengths = jnp.diff(jumps, prepend=0.0, append=1.0)
@@ -213,6 +222,7 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def fields(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> State:
         """−∂L/∂a, `[m+1]`, and −∂L/∂u, `[m]`, in closed form."""
+        fast, slow = self._vector("fast", fast), self._vector("slow", slow)
         integrals = self._integrals(slow)
         misfit = integrals.cross @ fast - integrals.target_bump
         return State(2.0 * (integrals.target - integrals.gram @ fast), 2.0 * fast[1:] * misfit)
@@ -227,6 +237,7 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def hessian(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, "n n"]:
         """The Hessian of the loss in (a, u), `[2m+1, 2m+1]`, in closed form."""
+        fast, slow = self._vector("fast", fast), self._vector("slow", slow)
         m, eta = self.neurons, self.eta
         weights = fast[1:]
         integrals = self._integrals(slow)
@@ -271,18 +282,24 @@ class Univariate(AbstractProblem):
         tells how well a* is determined: its relative error is about the machine epsilon times
         that number.
         """
+        slow = self._vector("slow", slow)
         gram, target = self._gram(slow)
         factor = _shifted_cholesky(gram)
         solution = jax.scipy.linalg.cho_solve(factor, target)
         for _ in range(3):
             residual = target - gram @ solution
             solution = solution + jax.scipy.linalg.cho_solve(factor, residual)
-        # steps that are equal on [0, 1] (the bias is one at −η/2) share their weight evenly
+        # steps that are equal on [0, 1] to rounding (the bias is one at −η/2) share their weight
+        # evenly, and a step that is 0 there has none
         ends = -self.eta / 2, 1.0 + self.eta / 2
         places = jnp.clip(jnp.concatenate([ends[0] * jnp.ones(1), slow]), *ends)
-        same = (places[:, None] == places[None, :]).astype(gram.dtype)
-        return (same @ solution) / jnp.sum(same, axis=1)
+        rounding = 64.0 * jnp.finfo(gram.dtype).eps
+        same = (jnp.abs(places[:, None] - places[None, :]) <= rounding).astype(gram.dtype)
+        shared = (same @ solution) / jnp.sum(same, axis=1)
+        return jnp.where(places < ends[1], shared, 0.0)
 
+    @double_precision
+    @eqx.filter_jit
     def reduced_jacobian(
         self, fast: Float[Array, " m1"], slow: Float[Array, " m"]
     ) -> Float[Array, "m m"]:
@@ -296,10 +313,11 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of the Gram matrix G(u); infinite where neurons coincide."""
-        eigenvalues = jnp.linalg.eigvalsh(self._gram(slow)[0])
+        eigenvalues = jnp.linalg.eigvalsh(self._gram(self._vector("slow", slow))[0])
         smallest = eigenvalues[0]
         resolved = smallest > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
-        return jnp.where(resolved, eigenvalues[-1] / jnp.where(resolved, smallest, 1.0), jnp.inf)
+        ratio = eigenvalues[-1] / jnp.where(resolved, smallest, 1.0)
+        return jnp.where(resolved | jnp.isnan(smallest), ratio, jnp.inf)
 
     def sharp(self, slow: Float[Array, " m"], tau: Float[Array, " T"]) -> dict[str, Any]:
         """ε → 0 and then η → 0 in closed form; see `tts_jax.problems._sharp`."""
@@ -307,6 +325,15 @@ class Univariate(AbstractProblem):
         fast, slow, loss, status, hitting = _sharp.sharp_trajectory(slow, tau, jumps, values)
         stats = {"hitting_time": hitting}
         return {"fast": fast, "slow": slow, "loss": loss, "status": status, "stats": stats}
+
+    def fastest_rate(
+        self, fast: Float[Array, " m1"], slow: Float[Array, " m"], epsilon: Array
+    ) -> Float[Array, ""]:
+        """Of the weights at most 2 tr G/ε; of a neuron at rest on a jump w some 10 w²/η."""
+        del fast
+        heights = jnp.asarray(self.target.heights)
+        weights = 2.0 * jnp.trace(self._gram(slow)[0]) / epsilon
+        return jnp.maximum(weights, 10.0 * jnp.max(heights**2, initial=0.0) / self.eta)
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
         # a few widths: below it, position errors are seen by the steps of near neighbours
@@ -379,6 +406,16 @@ class Univariate(AbstractProblem):
         return _univariate_sgd.lane_state(self, lanes)
 
     # --- closed forms -------------------------------------------------------------------------
+
+    def _vector(self, name: str, value: Float[ArrayLike, " n"]) -> Float[Array, " n"]:
+        """One state's `fast` or `slow`, whose length is checked."""
+        value, size = jnp.asarray(value), self.neurons + (name == "fast")
+        if value.shape != (size,):
+            raise ValueError(
+                f"Argument `{name}` must have shape {(size,)}, got {value.shape}. For a batch of "
+                f"states map over it with `jax.vmap`."
+            )
+        return value
 
     def _edges(self, slow: Float[Array, " m"]) -> tuple[Array, Array, Array]:
         """Whether a step touches [0, 1], and its signed distances past 0 and past 1 in η.
