@@ -53,6 +53,7 @@ class Settings:
         noise: half-width of the uniform label noise.
         jumps: jumps of the target.
         values: levels of the target, one more than the jumps.
+        gradient: estimator of the sample gradient; `"box"` is that of the published code.
         key: integer from which all random keys are made.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     noise: float = 1.0
     jumps: tuple[float, ...] = tuple(float(place) for place in np.linspace(0.2, 0.8, 5))
     values: tuple[float, ...] = (1.0, 5.0, 1.0, 3.0, 1.0, 5.0)
+    gradient: str = "box"
     key: int = 0
 
     @property
@@ -236,6 +238,7 @@ def _sgd(settings: Settings, epsilon: float, progress: bool) -> tts.Trajectory:
         epsilon=epsilon,
         step_size=settings.step_size,
         tau=settings.tau(),
+        gradient=settings.gradient,
         progress=progress,
     )
 
