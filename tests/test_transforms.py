@@ -136,14 +136,14 @@ def check_against_central_differences(value_and_slope, rtol, step=1e-5):
         assert_allclose(slope, expected, rtol=rtol, atol=1e-8, err_msg=name)
 
 
-def check_reverse_mode(last_loss):
+def check_reverse_mode(last_loss, rtol=1e-5):
     both = jax.jit(jax.value_and_grad(last_loss))
 
     def value_and_slope(parameters, direction):
         value, gradient = both(parameters)
         return value, sum(np.sum(gradient[n] * direction[n]) for n in direction)
 
-    check_against_central_differences(value_and_slope, rtol=1e-5)
+    check_against_central_differences(value_and_slope, rtol)
 
 
 def check_forward_mode(last_loss, rtol=1e-5):
@@ -161,11 +161,9 @@ def test_reverse_mode_through_the_stiff_solver_agrees_with_central_differences(l
     check_reverse_mode(last_loss)
 
 
-@pytest.mark.parametrize(
-    ("last_loss", "solver"), [(last_flow_loss, "rodas5p"), (last_limit_loss, "tsit5")]
-)
-def test_forward_mode_agrees_with_central_differences(last_loss, solver):
-    settings = {"solver": solver, "adjoint": diffrax.ForwardMode()}
+@pytest.mark.parametrize("last_loss", [last_flow_loss, last_limit_loss])
+def test_forward_mode_agrees_with_central_differences(last_loss):
+    settings = {"solver": "tsit5", "adjoint": diffrax.ForwardMode()}
     check_forward_mode(lambda p: last_loss(p, **settings))
 
 
@@ -175,10 +173,7 @@ def test_derivatives_of_hitting_times_agree_with_central_differences():
 
     assert np.all(np.isfinite(hitting_times(PARAMETERS)))
     check_forward_mode(hitting_times, rtol=1e-8)
-    backward = jax.jacrev(hitting_times)(PARAMETERS)
-    forward = jax.jacfwd(hitting_times)(PARAMETERS)
-    for name in PARAMETERS:
-        assert_allclose(backward[name], forward[name], rtol=1e-11, atol=1e-13, err_msg=name)
+    check_reverse_mode(lambda p: hitting_times(p) @ np.array([1.0, 2.0]), rtol=1e-8)
 
 
 @pytest.mark.parametrize("dynamics", ["flow", "limit"])

@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, PyTree
-
-from tts_jax._types import Array
+from jaxtyping import Array, Float, PyTree
 
 
 # Compile a loop over small arrays as one function instead of one call per operation; keep its

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffrax
 import equinox as eqx
@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tts_jax import _checks, _compat
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._rosenbrock import Rodas5P
 from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
-from tts_jax._types import Array
 
 
 # Steps that stability asks of the explicit solver below which it is the faster one
@@ -205,7 +204,7 @@ def _solve_lane(
     start: State, epsilon: Array, problem: AbstractProblem, run: "Run"
 ) -> dict[str, Any]:
     solution = run.solve(_slow_time_field, start, (problem, epsilon))
-    return lane_answer(problem, solution, *solution.ys)
+    return lane_answer(problem, solution, *cast(State, solution.ys))
 
 
 class Run(eqx.Module):
@@ -327,20 +326,23 @@ def solve_lanes(
             f"Argument `epsilon` must broadcast against the batch axes {lanes} of `state`, got "
             f"shape {epsilon.shape}. Give it shape `[..., 1]` to cross it with the starts."
         ) from error
-    if not shape:
-        return _map_lanes(solve, "one", None, (state, epsilon), args), ()
     count = math.prod(shape)
+    if count == 0:
+        raise ValueError(
+            f"Argument `state` must have at least one lane, got batch axes {shape}. Pass a start."
+        )
+    devices = jax.local_devices()
+    if not shape:
+        mesh = _compat.lane_mesh(devices[:1])
+        return _map_lanes(solve, "one", mesh, (state, epsilon), args), ()
 
     def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
         return jnp.broadcast_to(leaf, shape + own).reshape(count, *own)
 
     flat = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
     flat = (flat, flatten(epsilon, ()))
-    if _checks.is_traced(flat, args) or _checks.inside_trace():
-        devices = jax.local_devices()[:1]
-    else:
-        devices = jax.local_devices()[:count]
-    mesh = _compat.lane_mesh(devices)
+    traced = _checks.is_traced(flat, args) or _checks.inside_trace()
+    mesh = _compat.lane_mesh(devices[: 1 if traced else count])
     # idle lanes of the last device repeat the first ones
     padded = np.arange(-(-count // mesh.size) * mesh.size) % count
     flat = jax.tree.map(lambda leaf: leaf[padded], flat)
@@ -354,7 +356,7 @@ def solve_lanes(
 def _map_lanes(
     solve: Callable[..., Any],
     how: str,
-    mesh: jax.sharding.Mesh | None,
+    mesh: jax.sharding.Mesh,
     lanes: tuple[State, Array],
     args: tuple[Any, ...],
 ) -> Any:

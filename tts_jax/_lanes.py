@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from tts_jax import _compat
 from tts_jax._problem import State
 from tts_jax._random import Words
-from tts_jax._types import Array
 
 
 BLOCK = 16  # steps whose samples are drawn together

@@ -1,11 +1,11 @@
 """The two-timescale limits: the reduced flow on the critical manifold, and its sharp limit."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _checks
 from tts_jax._flow import Run, check_start, lane_answer, solve_lanes
@@ -13,7 +13,6 @@ from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
 from tts_jax._trajectory import Trajectory, raise_on_failure, record
-from tts_jax._types import Array
 
 
 @double_precision
@@ -104,7 +103,7 @@ def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     del epsilon
     solution = run.solve(_reduced_field, State(None, start.slow), problem)
-    slow = solution.ys.slow
+    slow = cast(State, solution.ys).slow
     answer = lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
     answer["stats"] |= jax.lax.map(problem.reduced_observables, answer["slow"])
     return answer

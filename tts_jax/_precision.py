@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tts_jax._checks import inside_trace, is_traced
@@ -19,7 +20,7 @@ def _to_host(leaf: Any) -> Any:
 
 
 def _is_real(leaf: jax.Array) -> bool:
-    return not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def double_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree
-
-from tts_jax._types import Array
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 
 class State(NamedTuple):

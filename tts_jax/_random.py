@@ -12,9 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, UInt32
-
-from tts_jax._types import Array
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import ArrayLike, Float, PyTree
-
-from tts_jax._types import Array
+from jaxtyping import Array, Float, PyTree
 
 
 # In the variables k that spare the products with the Jacobian (Hairer & Wanner II, eq. IV.7.25):
@@ -67,15 +65,13 @@ _State: TypeAlias = None
 class RosenbrockInterpolation(diffrax.AbstractLocalInterpolation):
     """The dense output of Rodas5P, of order 4."""
 
-    t0: Float[ArrayLike, ""]
-    t1: Float[ArrayLike, ""]
+    t0: Any  # the type that Diffrax's base class leaves open
+    t1: Any
     y0: PyTree[Array]
     y1: PyTree[Array]
     k: PyTree[Array]
 
-    def evaluate(
-        self, t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""] | None = None, left: bool = True
-    ) -> PyTree[Array]:
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> PyTree[Array]:
         del left
         if t1 is not None:
             return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
@@ -120,6 +116,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
         flat, unravel = ravel_pytree(y0)
+        t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         h = (t1 - t0).astype(flat.dtype)
 
         def field(t: Array, y: Array) -> Array:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from tts_jax import _checks, _compat
 from tts_jax._lanes import REPLAY_STEPS, LaneProblem, LaneRun
@@ -31,7 +31,6 @@ from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._random import key_words, seed_keys, typed_key
 from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
-from tts_jax._types import Array
 
 
 _CALL_SECONDS = 0.5  # aimed duration of one compiled call: Ctrl-C and the progress bar wait for it

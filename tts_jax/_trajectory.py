@@ -13,11 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from tts_jax._checks import is_traced
 from tts_jax._problem import AbstractProblem
-from tts_jax._types import Array
 from tts_jax._version import __version__
 
 
@@ -91,7 +90,7 @@ class Trajectory(eqx.Module):
     stats: dict[str, Array]
     observables: dict[str, Array]
     coords: dict[str, Array]
-    settings: dict[str, Array]
+    settings: dict[str, Any]
     method: str = eqx.field(static=True)
     batch_dims: tuple[str, ...] = eqx.field(static=True)
     dims: tuple[tuple[str, tuple[str, ...]], ...] = eqx.field(static=True)
@@ -268,13 +267,14 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         elif name not in ("loss", "status"):
             observables[str(name)] = variable.values
     axes = {axis for _, names in dims for axis in names}
+    values: dict[str, Any] = {name: dataset[name].values for name in ("tau", "loss", "status")}
     reserved = {"method", "batch_dims", "dims", "tts_jax"}
     return Trajectory(
-        tau=dataset["tau"].values,
+        tau=values["tau"],
         fast=groups["fast"],
         slow=groups["slow"],
-        loss=dataset["loss"].values,
-        status=dataset["status"].values,
+        loss=values["loss"],
+        status=values["status"],
         stats=groups["stats"],
         observables=observables,
         coords={str(k): v.values for k, v in dataset.coords.items() if k in axes},

@@ -19,10 +19,9 @@ then (W + r)³ falls at the constant rate 3 w² W².
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from tts_jax._trajectory import Status
-from tts_jax._types import Array
 
 
 def _series(count: int = 28) -> np.ndarray:

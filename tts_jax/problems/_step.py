@@ -13,9 +13,7 @@ also where |r| or |z| has its kink.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
-
-from tts_jax._types import Array
+from jaxtyping import Array, Float
 
 
 def _horner(coefficients: tuple[float, ...], s: Array) -> Array:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from tts_jax import _compat
 from tts_jax._lanes import Lanes, sum_rows
@@ -29,7 +29,6 @@ from tts_jax._random import (
     threefry2x32,
     unit_uniform,
 )
-from tts_jax._types import Array
 from tts_jax.problems import _step
 
 

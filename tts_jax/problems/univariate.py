@@ -13,16 +13,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
-from tts_jax._types import Array
 from tts_jax.problems import _sharp, _step, _univariate_sgd
 
 
-def _as_float(value: ArrayLike) -> Array:
+def _as_float(value: Any) -> Any:
     """A concrete number as a NumPy float64 array (it keeps its digits whatever x64 says)."""
     return jnp.asarray(value) if _checks.is_traced(value) else np.asarray(value, dtype=np.float64)
 
@@ -78,9 +77,8 @@ class PiecewiseConstant(eqx.Module):
     @property
     def heights(self) -> Float[Array, " jumps"]:
         """The signed jump heights α_k, `[jumps]`."""
-        return jnp.diff(self.values) if _checks.is_traced(self.values) else np.diff(self.values)
+        return self.values[1:] - self.values[:-1]
 
-    @double_precision
     def __call__(self, x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """f*(x), right-continuous at the jumps; any shape of `x`."""
         piece = jnp.searchsorted(jnp.asarray(self.jumps), jnp.asarray(x), side="right")
