@@ -251,7 +251,6 @@ answers = {
     "recovery": problem.recovery(state.slow),
     "critical": problem.critical(state.slow),
     "predict": problem.predict(*given, [0.1, 0.7]),
-    "target": target([0.1, 0.7]),
     "continued": problem.loss(runs["flow"].fast[-1], runs["flow"].slow[-1]),
 }
 for name, run in runs.items():

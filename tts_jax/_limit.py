@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _checks
-from tts_jax._flow import Run, check_start, lane_answer, solve_lanes
+from tts_jax._integrate import Run, check_start, lane_answer, solve_lanes
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
