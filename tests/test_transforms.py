@@ -151,14 +151,11 @@ def check_forward_mode(last_loss, rtol=1e-5):
     check_against_central_differences(both, rtol)
 
 
-def test_reverse_mode_through_the_flow_agrees_with_central_differences():
-    check_reverse_mode(lambda p: last_flow_loss(p, solver="tsit5"))
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("solver", ["rodas5p", "tsit5"])
 @pytest.mark.parametrize("last_loss", [last_flow_loss, last_limit_loss])
-def test_reverse_mode_through_the_stiff_solver_agrees_with_central_differences(last_loss):
-    check_reverse_mode(last_loss)
+def test_reverse_mode_agrees_with_central_differences(last_loss, solver):
+    check_reverse_mode(lambda p: last_loss(p, solver=solver))
 
 
 @pytest.mark.parametrize("last_loss", [last_flow_loss, last_limit_loss])

@@ -239,7 +239,11 @@ def test_init_is_sorted_uniform_and_depends_on_the_key_only(problem):
     assert np.all(np.diff(state.slow) > 0)
     assert np.all(state.fast == 0)
     np.testing.assert_array_equal(state.slow, problem.init(key=jax.random.key(5)).slow)
-    many = jax.vmap(lambda k: problem.init(key=k).slow)(jax.random.split(jax.random.key(0), 500))
+    keys = jax.random.split(jax.random.key(0), (5, 100))
+    many = problem.init(key=keys).slow
+    assert many.shape == (5, 100, 20)
+    np.testing.assert_array_equal(many[2, 7], problem.init(key=keys[2, 7]).slow)
+    np.testing.assert_array_equal(many[0], jax.vmap(lambda k: problem.init(key=k).slow)(keys[0]))
     from scipy.stats import kstest
 
     assert kstest(np.ravel(many), "uniform").pvalue > 1e-3

@@ -119,16 +119,13 @@ def one_of(name: str, value: Any, allowed: Iterable[str], remedy: str = "") -> s
     return value
 
 
-def single_key(key: Any, remedy: str) -> Any:
-    """Refuse what is not one random key, typed or of the older interface."""
+def random_key(key: Any) -> Any:
+    """Refuse what is not a random key or an array of keys."""
     if not isinstance(key, jax.Array):
         raise ValueError(
             f"Argument `key` must be a random key, got {key!r}. Pass for example "
             f"`key=jax.random.key(0)`."
         )
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if key.ndim != (0 if typed else 1):
-        raise ValueError(f"Argument `key` must be a single key, got shape {key.shape}. {remedy}")
     return key
 
 

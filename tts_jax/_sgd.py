@@ -249,12 +249,7 @@ def _number_of_seeds(
 
 
 def _seed_keys(key: Any, seeds: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    if not isinstance(key, jax.Array):
-        raise ValueError(
-            f"Argument `key` must be a random key, got {key!r}. Pass for example "
-            f"`key=jax.random.key(0)`."
-        )
-    key = typed_key(key)
+    key = typed_key(_checks.random_key(key))
     if key.ndim:
         raise ValueError(
             f"Argument `key` must be a single key, got shape {key.shape}. One key serves all "

@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
+from tts_jax._random import typed_key
 from tts_jax.problems import _sharp, _step, _univariate_sgd
 
 
@@ -79,6 +80,7 @@ class PiecewiseConstant(eqx.Module):
         """The signed jump heights α_k, `[jumps]`."""
         return self.values[1:] - self.values[:-1]
 
+    @double_precision
     def __call__(self, x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         """f*(x), right-continuous at the jumps; any shape of `x`."""
         piece = jnp.searchsorted(jnp.asarray(self.jumps), jnp.asarray(x), side="right")
@@ -151,12 +153,20 @@ class Univariate(AbstractProblem):
     def init(self, *, key: PRNGKeyArray) -> State:
         """The paper's start: zero weights, positions i.i.d. uniform on [0, 1] and sorted.
 
+        Args:
+            key: one random key, or an array of typed keys for a batch of starts.
+
         Returns:
-            `State(fast=[m+1], slow=[m])`.
+            `State(fast=[..., m+1], slow=[..., m])`, with the axes of `key` in front.
         """
-        key = _checks.single_key(key, "For many starts map `init` over keys with `jax.vmap`.")
-        slow = jnp.sort(jax.random.uniform(key, (self.neurons,)))
-        return State(jnp.zeros(self.neurons + 1), slow)
+        key = typed_key(_checks.random_key(key))
+
+        def draw(key: PRNGKeyArray) -> Array:
+            return jnp.sort(jax.random.uniform(key, (self.neurons,)))
+
+        for _ in range(key.ndim):
+            draw = jax.vmap(draw)
+        return State(jnp.zeros((*key.shape, self.neurons + 1)), draw(key))
 
     @double_precision
     def state(
