@@ -32,7 +32,8 @@ types: $(VENV)/.installed
 	$(BIN)/pyright
 
 notebooks: $(VENV)/.installed
-	cd notebooks && for f in *.py; do MPLBACKEND=agg ../$(BIN)/jupytext --to ipynb --execute --output ../$(OUT)/$${f%.py}.ipynb $$f || exit 1; done
+	mkdir -p $(OUT)
+	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute --output $(abspath $(OUT))/$$(basename $$f .py).ipynb $$f || exit 1; done
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/flow.py

@@ -56,54 +56,10 @@ class Wells(AbstractProblem):
 
 # --- the published run ----------------------------------------------------------------------
 
-# The published repository's algorithm, run with its own code: weights (bias first) and positions.
-PUBLISHED = {
-    "quick": {
-        "settings": {"epsilon": 2e-5, "step_size": 1e-3},
-        "step": 1_750_000,
-        "fast": """
-            0.99873569982368 -0.014681310350655003 -0.00900107247468091 0.010461850789983145
-            0.010860431816741319 0.04320261008059605 -0.047511680766537966 4.055124194283132
-            -0.01789297137346497 -0.028937648928397255 -4.02639787308463 0.0017372949279046575
-            2.032146543364259 0.018380148546491393 -1.9873653274683554 -0.012152880772848637
-            -0.018968222892188982 4.0301037319362365 0.004143562132529691 0.024417480383641246
-            -0.009614868877856122
-        """,
-        "slow": """
-            0.020412697636377902 0.058055637629586355 0.15612283582805694 0.15614794673760332
-            0.18342460159388146 0.19022944611576578 0.20004211859310597 0.2917232969916038
-            0.30760352914874783 0.3499231028264997 0.43303802366204935 0.5000335840546202
-            0.599293660445725 0.6498839092839216 0.6923523393510546 0.7345750773223486
-            0.8000947679654824 0.8657285195630363 0.9506881996726432 0.9699070409359752
-        """,
-    },
-    # At equal rates the published estimator throws neurons several η far, and rounding errors
-    # grow by 10 every 25,000 steps or so: from step 400,000 on, NumPy no longer agrees with
-    # itself when it adds the neurons in another order. Hence an early checkpoint.
-    "same_lr": {
-        "settings": {"epsilon": 1.0, "step_size": 1e-5},
-        "step": 99_990,
-        "fast": """
-            0.3267874852255861 0.324579678215108 0.3165396484627093 0.27824352554221093
-            0.28830840253459056 0.293717985073243 0.29431287926056066 0.29268755659085804
-            0.24697163339018616 0.23319277312892217 -0.3194839805136702 -0.008255785252191889
-            0.00926329149283518 -0.038551340219381995 -0.04151898340554277 0.4110205122785247
-            0.4227388458582982 0.42644875936848753 0.4024201976596574 0.22529977230094206
-            0.11476554875981015
-        """,
-        "slow": """
-            -0.003532383214207888 -0.002955247094073376 0.16477573062209847 0.2027188585166977
-            0.20281466355777872 0.20212159959550222 0.20219861434324876 0.20186936121341825
-            0.2016486056575533 0.34792889357729834 0.5014602019759237 0.5015513155332932
-            0.5724327007104628 0.5798462606803708 0.7980335647564397 0.7975773642018831
-            0.7980391788555584 0.7976067766494668 0.8001501145411154 0.8769363983150644
-        """,
-    },
-}
-
-
-def _numbers(text):
-    return np.array(text.split(), dtype=float)
+# At equal rates (same_lr) rounding errors grow by 10 every 25,000 steps or so: from step 400,000
+# on the published code no longer agrees with itself on another machine, nor when it adds the
+# neurons in another order. Its first three checkpoints are out of reach of that.
+CHECKPOINTS = {"quick": ["0", "1", "10", "50", "100"], "same_lr": ["0", "1", "10"]}
 
 
 def published_stream(steps):
@@ -114,26 +70,29 @@ def published_stream(steps):
     return positions, (pairs[:, 0], 2 * pairs[:, 1] - 1)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_replays_the_published_run(name):
-    run = PUBLISHED[name]
-    rates = run["settings"]
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_replays_the_published_run(name, published):
+    """Every reachable checkpoint of the published code, on its own stream, in a and u."""
+    run, config = published[name], published[name]["config"]
+    checkpoints = [run["checkpoints"][index] for index in CHECKPOINTS[name]]
+    steps = np.array([checkpoint["step"] for checkpoint in checkpoints])
     problem = paper()
-    positions, samples = published_stream(run["step"])
-    end = run["step"] * rates["epsilon"] * rates["step_size"]
+    positions, samples = published_stream(steps[-1])
     answer = tts.sgd(
         problem,
         state=problem.state(slow=positions),
         samples=samples,
-        tau=[0.0, end],
+        epsilon=config["epsilon"],
+        step_size=config["h"],
+        tau=steps * config["epsilon"] * config["h"],
         gradient="box",
         dtype=jnp.float64,
-        **rates,
     )
-    assert answer.stats["steps"][0] == run["step"]
-    np.testing.assert_allclose(answer.slow[0, 0], positions, rtol=0, atol=0)
-    np.testing.assert_allclose(answer.fast[0, 1], _numbers(run["fast"]), rtol=0, atol=1e-11)
-    np.testing.assert_allclose(answer.slow[0, 1], _numbers(run["slow"]), rtol=0, atol=1e-11)
+    assert answer.stats["steps"][0] == steps[-1]
+    for record, checkpoint in enumerate(checkpoints):
+        # the published bias is neuron 0, frozen at −η/2
+        np.testing.assert_allclose(answer.fast[0, record], checkpoint["a"], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(answer.slow[0, record], checkpoint["u"][1:], rtol=0, atol=1e-10)
 
 
 def numpy_sgd(positions, x, noise, *, epsilon, step_size, eta, gradient):

@@ -77,9 +77,12 @@ class Trajectory(eqx.Module):
         status: `Status` per lane, `[...]`; recorded values after a failure are NaN.
         stats: numbers about the solve per lane, each `[...]` or `[..., T]`.
         observables: named quantities of the problem, each `[..., T, *axes]`.
+        coords: coordinates of the named axes, such as the `jump` positions.
         settings: the numbers that define the run (problem and method).
         method: `"flow"`, `"limit"`, `"sharp_limit"` or `"sgd"`.
         batch_dims: names of the leading axes.
+        dims: names of the axes of one state, of the observables and of the statistics.
+        notes: what else defines the run, in words: solver, engine, key, versions.
     """
 
     tau: Float[Array, " T"]
