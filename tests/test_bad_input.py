@@ -93,12 +93,6 @@ REFUSED = {
         "finite value",
     ),
     "integer key": (lambda: PROBLEM.init(key=0), "key", "got 0", "jax.random.key(0)"),
-    "several keys": (
-        lambda: PROBLEM.init(key=jax.random.split(jax.random.key(0))),
-        "key",
-        "(2,)",
-        "jax.vmap",
-    ),
     "loss of a batch": (
         lambda: PROBLEM.loss(np.zeros((2, 4)), np.zeros((2, 3))),
         "fast",
