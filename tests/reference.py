@@ -92,7 +92,7 @@ def loss_derivatives(fast, slow, jumps, values, eta, hessian=True):
 def hitting_time(near, far, height):
     """Time for the nearer of two flanking neurons to reach a jump (no factor 1/2 in the loss).
 
-    The integral of the sheet, T = (1/D²) ∫₀^near (1 + x/(x³ + c)^{1/3})² dx, in 50 digits.
+    T = (1/D²) ∫₀^near (1 + x/(x³ + c)^{1/3})² dx, in 50 digits.
     """
     with mp.workdps(50):
         near, far, height = mpf(float(near)), mpf(float(far)), mpf(float(height))

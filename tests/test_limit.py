@@ -103,7 +103,7 @@ def test_state_and_time_fit_together():
 
 
 def test_published_start(problem, published):
-    """The hitting times that the sheet lists for NumPy's seed 42, in its convention with ½."""
+    """Known hitting times of the start from NumPy's seed 42, in the convention with ½."""
     slow = published["quick"]["checkpoints"]["0"]["u"][1:]
     tau = np.linspace(0, 0.05, 11)
     answer = tts.sharp_limit(problem, problem.state(slow=slow), tau=tau)
