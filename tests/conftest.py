@@ -1,4 +1,4 @@
-"""Shared fixtures: float64 on, the paper's problem, no figure left open."""
+"""Shared by all tests: float64 on, the paper's problem, starts, the published code's results."""
 
 import json
 from pathlib import Path

@@ -95,6 +95,32 @@ def test_replays_the_published_run(name, published):
         np.testing.assert_allclose(answer.slow[0, record], checkpoint["u"][1:], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
+def test_at_equal_rates_rounding_errors_grow_until_runs_part_ways(published):
+    """Two engines that add the neurons in different orders, on the published `same_lr` stream."""
+    config = published["same_lr"]["config"]
+    steps = np.array([99_990, 499_950])
+    positions, samples = published_stream(steps[-1])
+    runs = []
+    for kind in (tts.Univariate, Plain):
+        problem = paper(kind=kind)
+        runs.append(
+            tts.sgd(
+                problem,
+                state=problem.state(slow=positions),
+                samples=samples,
+                epsilon=config["epsilon"],
+                step_size=config["h"],
+                tau=steps * config["epsilon"] * config["h"],
+                gradient="box",
+                dtype=jnp.float64,
+            )
+        )
+    apart = np.max(np.abs(runs[0].slow - runs[1].slow), axis=(0, 2))
+    assert apart[0] <= 1e-10
+    assert apart[1] >= 1e-6
+
+
 def numpy_sgd(positions, x, noise, *, epsilon, step_size, eta, gradient):
     """Plain NumPy, one seed: the published loop with either estimator."""
     weights, positions = np.zeros(len(positions) + 1), np.array(positions)

@@ -124,32 +124,19 @@ def sgd(
         if state is None:
             state = jax.vmap(lambda one: problem.init(key=one))(start_keys)
         state = _batched(problem, state, seeds)
+        options: dict[str, Any] = {
+            "step_size": step_size,
+            "epsilon": epsilon,
+            "gradient": gradient,
+            "dtype": dtype,
+            "samples": None if stream is None else stream.values,
+            "own_samples": stream is not None and stream.own,
+        }
         if lanes:
             words = None if stream_keys is None else key_words(stream_keys)
-            run: LaneRun | GeneralRun = LaneRun(
-                cast(LaneProblem, problem),
-                state,
-                words,
-                step_size=step_size,
-                epsilon=epsilon,
-                gradient=gradient,
-                dtype=dtype,
-                samples=None if stream is None else stream.values,
-                own_samples=stream is not None and stream.own,
-            )
+            run: LaneRun | GeneralRun = LaneRun(cast(LaneProblem, problem), state, words, **options)
         else:
-            run = GeneralRun(
-                problem,
-                state,
-                stream_keys,
-                step_size=step_size,
-                epsilon=epsilon,
-                gradient=gradient,
-                dtype=dtype,
-                optimizer=optimizer,
-                samples=None if stream is None else stream.values,
-                own_samples=stream is not None and stream.own,
-            )
+            run = GeneralRun(problem, state, stream_keys, optimizer=optimizer, **options)
         records = _run(run, steps, progress)
     notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
     notes["engine"] = "lanes" if lanes else "general"
