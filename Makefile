@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('tts_jax needs Python 3.11 or newer, this is ' + sys.version) if sys.version_info < (3, 11) else 0"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu]" --group dev
 	touch $@
 
 reproduce: $(VENV)/.installed
@@ -36,8 +36,8 @@ notebooks: $(VENV)/.installed
 	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute --output $(abspath $(OUT))/$$(basename $$f .py).ipynb $$f || exit 1; done
 
 benchmark: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.suite --out $(OUT)/benchmarks
 	$(BIN)/python benchmarks/flow.py
-	$(BIN)/python benchmarks/sgd.py
 
 clean:
 	rm -rf $(VENV) results

@@ -1,6 +1,9 @@
 """The command line and the experiments behind it, at tiny settings."""
 
 import dataclasses
+import os
+import signal
+import time
 
 import jax
 import numpy as np
@@ -155,6 +158,30 @@ def test_a_failing_computation_keeps_what_came_before(tiny, capsys, monkeypatch,
     assert "could not be computed" in said.err
     assert set(mb.load_data(tmp_path, "figure5")) == {"sgd"}
     assert (tmp_path / "figure5.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_keeps_what_came_before(number, code, word, tiny, capsys, monkeypatch, tmp_path):
+    def told_to_stop(*args, **kwargs):
+        while not (tmp_path / "figure5_sgd.nc").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)  # for the line that names it
+        os.kill(os.getpid(), number)
+        time.sleep(2)
+        raise AssertionError("the signal went unheard")
+
+    monkeypatch.setattr(tts, "flow", told_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["reproduce", "figure5", "--out", str(tmp_path)]) == code
+    assert signal.getsignal(signal.SIGTERM) == before
+    said = capsys.readouterr()
+    assert f"tts-jax: {word}; files named above are complete." in said.err
+    assert "Traceback" not in said.err
+    assert str(tmp_path / "figure5_sgd.nc") in said.out
+    assert set(mb.load_data(tmp_path, "figure5")) == {"sgd"}
 
 
 def test_diverged_seeds_are_counted_and_explained(tiny, capsys, monkeypatch, tmp_path):

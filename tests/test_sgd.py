@@ -179,20 +179,21 @@ def test_a_stream_longer_than_one_call_continues(monkeypatch):
 
 
 @pytest.mark.parametrize("gradient", ["exact", "box"])
-@pytest.mark.parametrize("neurons", [1, 6, 20])
-def test_lanes_agree_with_the_general_path(gradient, neurons):
+@pytest.mark.parametrize("neurons", [1, 6, 20, 75])
+@pytest.mark.parametrize(("engine", "seeds"), [("simd", 3), ("simd", 40), ("loop", 3)])
+def test_lanes_agree_with_the_general_path(gradient, neurons, engine, seeds):
     settings = {
         "key": jax.random.key(5),
-        "seeds": 3,
+        "seeds": seeds,
         "epsilon": 1e-3,
-        "step_size": 1e-2,
-        "tau": [0.0, 1e-3, 1e-2],
+        "step_size": 1e-2 if neurons < 75 else 1e-3,
+        "tau": [0.0, 1e-4, 1e-3],
         "gradient": gradient,
         "dtype": jnp.float64,
     }
-    lanes = tts.sgd(paper(neurons, eta=0.05), **settings)
+    lanes = tts.sgd(paper(neurons, eta=0.05), engine=engine, **settings)
     general = tts.sgd(paper(neurons, eta=0.05, kind=Plain), **settings)
-    assert dict(lanes.notes)["engine"] == "lanes"
+    assert dict(lanes.notes)["engine"] == engine
     assert dict(general.notes)["engine"] == "general"
     np.testing.assert_allclose(lanes.fast, general.fast, rtol=0, atol=1e-11)
     np.testing.assert_allclose(lanes.slow, general.slow, rtol=0, atol=1e-11)
@@ -288,24 +289,21 @@ def test_seeds_do_not_depend_on_their_number():
     assert len(np.unique(np.asarray(many.slow[:, 0, 0]))) == 100
 
 
+def lane_run(problem, state, words, *, step_size=1e-3, epsilon=1e-3, gradient="exact", **options):
+    cell = _lanes.Cell(problem, state, words, step_size, epsilon)
+    return _lanes.LaneRun([cell], gradient=gradient, **options)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_the_width_of_a_group_changes_nothing(dtype):
+@pytest.mark.parametrize(("engine", "narrow"), [("simd", 1), ("loop", 16)])
+def test_the_width_of_a_group_changes_nothing(dtype, engine, narrow):
     problem = paper()
     state = jax.vmap(lambda key: problem.init(key=key))(jax.random.split(jax.random.key(0), 20))
     state = jax.tree.map(np.asarray, state)
     words = _random.key_words(jax.random.split(jax.random.key(1), 20))
     ends = []
-    for width in (16, 32, 64, 128):
-        run = _lanes.LaneRun(
-            problem,
-            state,
-            words,
-            step_size=1e-3,
-            epsilon=1e-3,
-            gradient="exact",
-            dtype=dtype,
-            width=width,
-        )
+    for width in (narrow, 16, 32, 64, 128):
+        run = lane_run(problem, state, words, dtype=dtype, width=width, engine=engine)
         run.advance(1500)
         ends.append(run.read())
     for end in ends[1:]:
@@ -326,15 +324,13 @@ def test_calls_of_any_length_give_the_same_numbers(monkeypatch):
     np.testing.assert_array_equal(whole.slow[:, -1], more.slow[:, -1])
 
 
-def test_a_saved_carry_resumes_to_the_same_bits():
+@pytest.mark.parametrize("engine", ["simd", "loop"])
+def test_a_saved_carry_resumes_to_the_same_bits(engine):
     problem = paper()
     state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], problem.init(key=jax.random.key(0)))
     words = _random.key_words(jax.random.split(jax.random.key(1), 1))
     whole, first, second = (
-        _lanes.LaneRun(
-            problem, state, words, step_size=1e-3, epsilon=1e-3, gradient="exact", dtype=np.float32
-        )
-        for _ in range(3)
+        lane_run(problem, state, words, dtype=np.float32, engine=engine) for _ in range(3)
     )
     whole.advance(1000)
     first.advance(333)
@@ -343,14 +339,14 @@ def test_a_saved_carry_resumes_to_the_same_bits():
     np.testing.assert_array_equal(whole.read().slow, second.read().slow)
 
 
-def test_step_numbers_beyond_32_bits():
+@pytest.mark.parametrize("engine", ["simd", "loop"])
+def test_step_numbers_beyond_32_bits(engine):
     problem = paper(neurons=3)
     state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], problem.init(key=jax.random.key(0)))
     key = jax.random.key(9)
     words = tuple(word[None] for word in _random.key_words(key))
-    run = _lanes.LaneRun(
-        problem, state, words, step_size=1e-2, epsilon=1e-2, gradient="exact", dtype=np.float64
-    )
+    rates = {"step_size": 1e-2, "epsilon": 1e-2}
+    run = lane_run(problem, state, words, dtype=np.float64, engine=engine, **rates)
     run.steps = 2**32 - 7
     run.advance(20)
     x, noise = zip(
@@ -369,7 +365,7 @@ def test_a_diverged_seed_never_touches_its_neighbours(dtype, kind):
     rng = np.random.default_rng(2)
     slow = np.sort(rng.random((5, 4)), axis=1)
     fast = np.zeros((5, 5))
-    fast[2] = 0.9 * float(np.finfo(dtype).max)
+    fast[2] = float(np.finfo(dtype).max) ** 0.8
     samples = rng.random((5, 400)), 2 * rng.random((5, 400)) - 1
     settings = {"epsilon": 1e-2, "step_size": 1e-2, "tau": [0.0, 1e-2, 4e-2], "dtype": dtype}
     answer = tts.sgd(problem, state=State(fast, slow), samples=samples, **settings)
@@ -528,16 +524,16 @@ def test_progress_bar(capsys):
 
 def test_other_settings_do_not_compile_anew():
     problem = paper(neurons=9)
-    tts.sgd(problem, seeds=2, tau=[1e-6], **QUICK)
+    tts.sgd(problem, seeds=2, tau=[1e-6], engine="loop", **QUICK)
+    tts.sgd(problem, seeds=2, tau=[1e-6], engine="simd", **QUICK)
     target = tts.PiecewiseConstant(jumps=[0.1, 0.2, 0.3, 0.4, 0.5], values=[0, 1, 0, 1, 0, 1])
     other = tts.Univariate(target, neurons=9, eta=1e-2, noise=0.5)
-    program = _lanes._program(
-        _sgd._compat.lane_mesh(jax.local_devices()[:1]), jax.local_devices()[0].platform
-    )
-    before = program._cache_size()
+    program = _lanes._program(_sgd._compat.lane_mesh(jax.local_devices()[:1]), "cpu", "loop")
+    before = program._cache_size(), _lanes._simd_kernel.cache_info().misses
     settings = QUICK | {"epsilon": 1e-3, "step_size": 1e-2}
-    tts.sgd(other, seeds=2, tau=[1e-4, 1e-3], **settings)
-    assert program._cache_size() == before
+    for engine in ("loop", "simd"):
+        tts.sgd(other, seeds=2, tau=[1e-4, 1e-3], engine=engine, **settings)
+    assert (program._cache_size(), _lanes._simd_kernel.cache_info().misses) == before
 
 
 def test_the_compiled_step_computes_nothing_twice():
@@ -545,9 +541,7 @@ def test_the_compiled_step_computes_nothing_twice():
     problem = paper()
     state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], problem.init(key=jax.random.key(0)))
     words = _random.key_words(jax.random.split(jax.random.key(1), 1))
-    run = _lanes.LaneRun(
-        problem, state, words, step_size=1e-3, epsilon=1e-3, gradient="exact", dtype=np.float32
-    )
+    run = lane_run(problem, state, words, dtype=np.float32, engine="loop")
     text = run.lower().compile().as_text()
     divisions = [line for line in text.splitlines() if " divide(" in line and "f32[" in line]
     assert len(divisions) == 1

@@ -2,13 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-import xarray
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tts_jax as tts
@@ -87,12 +87,12 @@ def test_a_loaded_state_starts_another_run(runs, tmp_path):
 def break_off(monkeypatch, error):
     """Let every write end in the middle with `error`."""
 
-    def half(self, target, **settings):
-        with open(target, "wb") as handle:
-            handle.write(b"half")
+    def half(self, content):
+        with open(self, "wb") as handle:
+            handle.write(content[: len(content) // 2])
         raise error
 
-    monkeypatch.setattr(xarray.Dataset, "to_netcdf", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
 
 
 def test_a_full_disk_leaves_the_old_file_and_is_named(runs, tmp_path, monkeypatch):

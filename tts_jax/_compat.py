@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 
 # Compile a loop over small arrays as one function instead of one call per operation; keep its
@@ -60,15 +62,21 @@ def loop_compiler_options(platform: str) -> dict[str, Any]:
     return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
 
 
+@jax.jit
 def fenced_scale(
-    values: Float[Array, " lanes"], inverse: Float[Array, " lanes"]
+    which: Bool[Array, " lanes"],
+    values: Float[Array, " lanes"],
+    factor: Float[Array, " lanes"],
+    inverse: Float[Array, " lanes"],
 ) -> Float[Array, " lanes"]:
-    """`values / inverse`, computed once however many consumers it has.
+    """`values * factor` where `which`, else 0, computed once however many consumers it has.
 
     XLA repeats cheap arithmetic inside each consumer: a residual would be summed again for
-    every neuron. It does not repeat a division, so the scaling is written as one.
+    every neuron. It does not repeat a division, so the scaling is written as one, by `inverse`,
+    1 / `factor`. `_simd` takes the product.
     """
-    return values / inverse
+    del factor
+    return lax.select(which, values, jnp.zeros_like(values)) / inverse
 
 
 def lane_mesh(devices: Sequence[Any]) -> Mesh:

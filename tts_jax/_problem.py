@@ -20,6 +20,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from tts_jax import _batch_last
+from tts_jax._batch_last import Lanes
+from tts_jax._random import Words
+
 
 class State(NamedTuple):
     """A point of the two-timescale dynamics: the fast variable y and the slow variable x."""
@@ -34,14 +38,41 @@ class AbstractProblem(eqx.Module):
     A subclass answers `init`, `loss` and `critical`; that is enough for `flow` and `limit`.
     With `sample` and `sample_loss` it also runs under `sgd`. Everything else has a default
     by automatic differentiation that a subclass may replace by a closed form.
+
+    **Lanes.** A subclass that sets `lanes = True` promises that `sample_loss`, and its own
+    `sample_gradient` if it has one, also accept every leaf of the state and of the sample with a
+    trailing axis of lanes, and then return one loss per lane, `[lanes]`: no lane sees another.
+    Elementwise arithmetic does, with sums over axis 0 (not over the last axis, not `@`). Then
+    `sgd` moves the seeds together through its compiled loops (argument `engine`):
+
+        class Line(AbstractProblem):
+            lanes: ClassVar = True
+
+            def sample(self, *, key, step):
+                first, second = threefry2x32(key_words(key), step_words(step))
+                return unit_uniform(first, "float32"), symmetric_uniform(second, "float32")
+
+            def sample_loss(self, fast, slow, sample):
+                x, noise = sample
+                bumps = jnp.maximum(x - slow, 0)             # [d] or [d, lanes]
+                return (jnp.sum(fast * bumps, axis=0) - x**2 - noise) ** 2
+
+    Numbers of the problem, that is leaves that are floats or arrays, are then traced: a new value
+    does not compile anew. The state is kept as an offset from its start, so that float32 adds up
+    steps far below the spacing of its numbers. A seed whose state is not finite is frozen in it.
+    A `sample` in elementwise arithmetic of words, as above by `tts_jax._random`, can also be
+    compiled by `"simd"`; one that draws by `jax.random` runs in XLA's loop. Either way the sample
+    is `sample(key=key, step=step)`, the key a Threefry key.
     """
 
     # Names of the axes of one state and of each observable, for labelled results.
     dims: ClassVar[dict[str, tuple[str, ...]]] = {"fast": ("fast_axis",), "slow": ("slow_axis",)}
     # The estimators of the sample gradient that `sgd(gradient=...)` may choose from.
     gradients: ClassVar[tuple[str, ...]] = ("exact",)
-    # Whether the problem answers `tts_jax._lanes.LaneProblem`, for the batch-last engine.
+    # Whether `sample_loss` accepts lanes, or the problem answers `_lanes.LaneProblem` by itself.
     lanes: ClassVar[bool] = False
+    # Whether its own lane methods also take rows as a tuple, as the GPU kernel passes them.
+    lane_rows: ClassVar[bool] = False
 
     def __hash__(self) -> int:
         # by value, so that a bound method is hashable and `jax.jit(problem.loss)` works
@@ -166,9 +197,46 @@ class AbstractProblem(eqx.Module):
         *,
         gradient: str = "exact",
     ) -> State:
-        """The gradient of `sample_loss` in both variables, by the estimator `gradient`."""
+        """The gradient of `sample_loss` in both variables, by the estimator `gradient`.
+
+        With lanes it is the gradient of the sum of their losses, which holds that of each.
+        """
         del gradient
-        return State(*jax.grad(self.sample_loss, argnums=(0, 1))(fast, slow, sample))
+
+        def total(fast: PyTree[Array], slow: PyTree[Array]) -> Array:
+            return jnp.sum(self.sample_loss(fast, slow, sample))
+
+        return State(*jax.grad(total, argnums=(0, 1))(fast, slow))
+
+    # --- lanes: the defaults of `tts_jax._lanes.LaneProblem` ---
+
+    def lane_start(
+        self, state: State, *, step_size: float, epsilon: float, gradient: str, dtype: Any
+    ) -> Lanes:
+        """Lanes from float64 states `[..., lanes]`."""
+        del gradient
+        return _batch_last.lane_start(
+            self, state, step_size=step_size, epsilon=epsilon, dtype=dtype
+        )
+
+    def lane_sample(self, shared: Any, fixed: Any, key: Words, step: Words) -> PyTree[Array]:
+        """Samples of lanes and steps, leaves `[..., lanes]` or `[steps, ..., lanes]`."""
+        return _batch_last.lane_sample(self, shared, fixed, key, step)
+
+    def lane_label(self, shared: Any, sample: PyTree[Array]) -> PyTree[Array]:
+        """What `lane_step` needs of samples."""
+        del shared
+        return sample
+
+    def lane_step(
+        self, shared: Any, fixed: Any, carry: Any, point: PyTree[Array], *, gradient: str
+    ) -> Any:
+        """One step of all lanes."""
+        return _batch_last.lane_step(self, shared, fixed, carry, point, gradient=gradient)
+
+    def lane_state(self, lanes: Lanes) -> tuple[State, np.ndarray]:
+        """The float64 states `[..., lanes]`, and which lanes are alive, `[lanes]`."""
+        return _batch_last.lane_state(lanes)
 
 
 def batch_shape(problem: AbstractProblem, state: State) -> tuple[int, ...]:

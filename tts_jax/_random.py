@@ -36,17 +36,15 @@ def threefry2x32(key: Words, counter: Words) -> Words:
 
 
 def unit_uniform(word: UInt32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The 32-bit draw word/2³² in [0, 1); in float32 its rounding, kept below 1."""
+    """The 32-bit draw word/2³² in [0, 1); in float32 its rounding, which may be 1."""
     dtype = np.dtype(dtype)
-    if dtype == np.float64:
-        return word.astype(dtype) * dtype.type(2.0**-32)
-    below_one = dtype.type(1.0 - 2.0**-24)
-    return jnp.minimum(word.astype(dtype) * dtype.type(2.0**-32), below_one)
+    return word.astype(dtype) * dtype.type(2.0**-32)
 
 
 def symmetric_uniform(word: UInt32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The same draw spread over [−1, 1)."""
-    return 2 * unit_uniform(word, dtype) - 1
+    """The same draw spread over [−1, 1); in float32 its rounding, which may be 1."""
+    dtype = np.dtype(dtype)
+    return word.astype(dtype) * dtype.type(2.0**-31) - dtype.type(1)
 
 
 def step_words(step: Any) -> Words:

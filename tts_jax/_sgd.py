@@ -5,8 +5,8 @@ With one random sample ξ_k per step and both gradients at the old state,
     y ← y − h ∇_y ℓ(y, x; ξ_k)
     x ← x − εh ∇_x ℓ(y, x; ξ_k),          τ = εhk after k steps.
 
-Two engines take these steps: seeds in SIMD lanes (`_lanes`) for a problem that offers them, and
-a `vmap` over seeds for any problem and any optax optimizer.
+Seeds run in lanes (`_lanes`, with an engine for each kind of processor) where the problem offers
+them, else by a `vmap` over seeds, which takes any problem and any optax optimizer.
 """
 
 import functools
@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,8 +25,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _checks, _compat
-from tts_jax._lanes import REPLAY_STEPS, LaneProblem, LaneRun
+from tts_jax import _checks, _compat, _distributed
+from tts_jax._lanes import ENGINES, REPLAY_STEPS, Cell, LaneRun
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._random import key_words, seed_keys, typed_key
@@ -52,6 +52,7 @@ def sgd(
     dtype: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     samples: PyTree[ArrayLike] | None = None,
+    engine: str = "auto",
     progress: bool | None = None,
     throw: bool = False,
 ) -> Trajectory:
@@ -60,6 +61,9 @@ def sgd(
     The numbers of seed i depend on `key` and i only: not on the number of seeds, the number of
     devices, or how the run is cut into calls. In the lanes this holds bit by bit, on the
     general path up to rounding.
+
+    Under several processes (`jax.distributed`) they share the seeds, and each of them gets the
+    whole trajectory: all processes must then make the same call.
 
     Arguments:
         problem: any problem with `sample` and `sample_loss`.
@@ -85,14 +89,21 @@ def sgd(
         samples: a given stream in place of random samples, in the form of `problem.sample`
             with an axis for the steps in front, `[steps, ...]` for all seeds or
             `[seeds, steps, ...]`. For `Univariate`: `(x, noise)`.
+        engine: what takes the steps. `"auto"` is the fastest that is available. Seeds in lanes:
+            `"simd"`, our compiled loop for CPUs, from the extra `tts_jax[cpu]`; `"kernel"`, one
+            thread per seed on NVIDIA GPUs of compute capability 9 or 10; `"unrolled"`, XLA on
+            other GPUs; `"loop"`, XLA on CPUs. `"general"`: a `vmap` over seeds, the only one for
+            a problem without `lanes` and with an `optimizer`. All take the same steps up to
+            rounding.
         progress: show a progress bar with the remaining time.
         throw: raise if a seed fails, instead of returning its status.
 
     Returns:
         A trajectory with leaves `fast [seeds, T, ...]`, `slow [seeds, T, ...]`, the population
-        loss `loss [seeds, T]` and `status [seeds]`, all float64. A seed whose state becomes
-        infinite or NaN has status `DIVERGED` and NaN from then on; its neighbours run on as if
-        it were not there.
+        loss `loss [seeds, T]` and `status [seeds]`, all float64. A seed that leaves the problem
+        (its state would not be finite; in `Univariate`'s lanes: its residual leaves ±1e10) is
+        frozen, has status `DIVERGED` and NaN from then on; its neighbours run on as if it were
+        not there.
 
     Raises:
         ValueError: a bad argument; the message names it, its value and the remedy.
@@ -107,11 +118,11 @@ def sgd(
         )
     rates = _rate("epsilon", epsilon), _rate("step_size", step_size)
     epsilon, step_size = rates
-    steps = _recorded_steps(tau, epsilon * step_size)
+    steps = recorded_steps(tau, epsilon * step_size)
     _checks.one_of("gradient", gradient, problem.gradients)
-    lanes = problem.lanes and optimizer is None
+    lanes = _in_lanes(problem, optimizer, engine)
     dtype = _dtype(dtype, lanes)
-    with _wide():
+    with wide():
         stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
         seeds = _number_of_seeds(problem, seeds, state, stream)
         if key is None and (state is None or stream is None):
@@ -123,10 +134,14 @@ def sgd(
         stream_keys, start_keys = (None, None) if key is None else _seed_keys(key, seeds)
         if state is None:
             state = jax.vmap(lambda one: problem.init(key=one))(start_keys)
-        state = _batched(problem, state, seeds)
+        state = batched(problem, state, seeds)
+        if jax.process_count() > 1:
+            rows = _distributed.my_rows(seeds)
+            state = State(*jax.tree.map(lambda leaf: leaf[rows], tuple(state)))
+            stream_keys = None if stream_keys is None else stream_keys[rows]
+            stream = None if stream is None else stream.take(rows)
+            progress = progress and _distributed.is_first()
         options: dict[str, Any] = {
-            "step_size": step_size,
-            "epsilon": epsilon,
             "gradient": gradient,
             "dtype": dtype,
             "samples": None if stream is None else stream.values,
@@ -134,15 +149,17 @@ def sgd(
         }
         if lanes:
             words = None if stream_keys is None else key_words(stream_keys)
-            run: LaneRun | GeneralRun = LaneRun(cast(LaneProblem, problem), state, words, **options)
+            cell = Cell(problem, state, words, step_size, epsilon)
+            run: LaneRun | GeneralRun = LaneRun([cell], engine=engine, **options)
         else:
-            run = GeneralRun(problem, state, stream_keys, optimizer=optimizer, **options)
+            options |= {"step_size": step_size, "epsilon": epsilon, "optimizer": optimizer}
+            run = GeneralRun(problem, state, stream_keys, **options)
         records = _run(run, steps, progress)
     notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
-    notes["engine"] = "lanes" if lanes else "general"
+    notes["engine"] = run.engine
     if key is not None:
         notes["key"] = str(np.asarray(jax.random.key_data(typed_key(key))).tolist())
-    trajectory = _answer(problem, records, steps, rates, notes)
+    trajectory = _answer(problem, records, seeds, steps, rates, notes)
     return raise_on_failure(trajectory) if throw else trajectory
 
 
@@ -150,10 +167,23 @@ def sgd(
 
 
 @contextmanager
-def _wide() -> Iterator[None]:
+def wide() -> Iterator[None]:
     """64-bit types, whatever the global setting, so that it does not change an answer."""
     with jax.enable_x64(True):
         yield
+
+
+def _in_lanes(problem: AbstractProblem, optimizer: Any, engine: Any) -> bool:
+    """Whether the run goes in lanes."""
+    _checks.one_of("engine", engine, (*ENGINES, "general"))
+    able = problem.lanes and optimizer is None
+    if not able and engine not in ("auto", "general"):
+        why = f"{type(problem).__name__} has no lanes" if optimizer is None else "an optimizer"
+        raise ValueError(
+            f"Argument `engine` must be 'auto' or 'general' for {why}, got {engine!r}. Leave it "
+            f"out."
+        )
+    return able and engine != "general"
 
 
 def _rate(name: str, value: Any) -> float:
@@ -165,7 +195,7 @@ def _rate(name: str, value: Any) -> float:
     return float(_checks.positive(name, value, "Choose a positive, finite number."))
 
 
-def _recorded_steps(tau: ArrayLike, per_step: float) -> list[int]:
+def recorded_steps(tau: ArrayLike, per_step: float) -> list[int]:
     """The step numbers nearest to the recorded times."""
     times = np.asarray(_checks.increasing_times(tau), dtype=np.float64)
     ratios = np.rint(times / per_step)
@@ -245,7 +275,7 @@ def _seed_keys(key: Any, seeds: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
     return seed_keys(key, seeds)
 
 
-def _batched(problem: AbstractProblem, state: State, seeds: int) -> State:
+def batched(problem: AbstractProblem, state: State, seeds: int) -> State:
     """The starts as float64 NumPy arrays `[seeds, ...]`."""
 
     def batch(one: jax.ShapeDtypeStruct, leaf: Any) -> np.ndarray:
@@ -263,6 +293,12 @@ class _Stream(eqx.Module):
     @property
     def seeds(self) -> int:
         return jax.tree.leaves(self.values)[0].shape[0]
+
+    def take(self, rows: np.ndarray) -> "_Stream":
+        """The stream of the seeds `rows`."""
+        if not self.own:
+            return self
+        return _Stream(jax.tree.map(lambda leaf: leaf[rows], self.values), True)
 
     @staticmethod
     def read(problem: AbstractProblem, samples: PyTree[ArrayLike], needed: int) -> "_Stream":
@@ -304,23 +340,40 @@ class _Stream(eqx.Module):
 # --- the loop on the host -------------------------------------------------------------------
 
 
+class Pace:
+    """Advances a run in calls of about `seconds`, whatever a step costs."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._call = _FIRST_CALL
+
+    def advance(self, run: "LaneRun | GeneralRun", most: int) -> int:
+        """Advance `run` by the steps of one call, at most `most`, and wait for them.
+
+        Returns:
+            The number of steps.
+        """
+        part = min(self._call, most)
+        started = time.perf_counter()
+        run.advance(part)
+        jax.block_until_ready(run.carry)
+        seconds = time.perf_counter() - started
+        if part == self._call:
+            growth = min(self._seconds / max(seconds, 1e-9), 8.0)
+            self._call = min(max(int(self._call * growth), _FIRST_CALL), _MOST_STEPS)
+        return part
+
+
 def _run(run: "LaneRun | GeneralRun", steps: Sequence[int], progress: bool | None) -> list[State]:
     """Advance `run` and read it at each of `steps`, in calls of about `_CALL_SECONDS`."""
-    records, call = [], _FIRST_CALL
+    records, pace = [], Pace(_CALL_SECONDS)
     with _progress_bar(steps[-1], bool(progress)) as update:
         done = 0
         for target in steps:
             while done < target:
-                part = min(call, target - done)
-                started = time.perf_counter()
-                run.advance(part)
-                jax.block_until_ready(run.carry)
-                seconds = time.perf_counter() - started
+                part = pace.advance(run, target - done)
                 done += part
                 update(part)
-                if part == call:
-                    growth = min(_CALL_SECONDS / max(seconds, 1e-9), 8.0)
-                    call = min(max(int(call * growth), _FIRST_CALL), _MOST_STEPS)
             records.append(run.read())
     return records
 
@@ -339,24 +392,22 @@ def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
 def _answer(
     problem: AbstractProblem,
     records: list[State],
+    seeds: int,
     steps: Sequence[int],
     rates: tuple[float, float],
     notes: dict[str, str],
 ) -> Trajectory:
     epsilon, step_size = rates
     state = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *records)
-    seeds, count = jax.tree.leaves(state)[0].shape[:2]
-    finite = np.ones((seeds, count), dtype=bool)
-    for leaf in jax.tree.leaves(state):
-        finite &= np.isfinite(leaf).reshape(seeds, count, -1).all(axis=-1)
-    alive = np.logical_and.accumulate(finite, axis=1)
+    alive = np.logical_and.accumulate(finite_states(state), axis=1)
 
     def masked(leaf: np.ndarray) -> np.ndarray:
-        return np.where(alive.reshape(seeds, count, *(1,) * (leaf.ndim - 2)), leaf, np.nan)
+        return np.where(alive.reshape(*alive.shape, *(1,) * (leaf.ndim - 2)), leaf, np.nan)
 
     fast, slow = jax.tree.map(masked, tuple(state))
-    loss = masked(_population_loss(problem, fast, slow))
+    loss = masked(population_loss(problem, fast, slow))
     status = np.where(alive[:, -1], int(Status.SUCCESS), int(Status.DIVERGED)).astype(np.int32)
+    fast, slow, loss, status = _distributed.gather((fast, slow, loss, status), seeds)
     return _record(
         problem,
         np.asarray(steps, dtype=np.float64) * (epsilon * step_size),
@@ -369,7 +420,16 @@ def _answer(
     )
 
 
-def _population_loss(
+def finite_states(state: State) -> np.ndarray:
+    """Whether everything in the states `[seeds, T]` is finite, `[seeds, T]`."""
+    leaves = jax.tree.leaves(state)
+    finite = np.ones(leaves[0].shape[:2], dtype=bool)
+    for leaf in leaves:
+        finite &= np.isfinite(leaf).reshape(*finite.shape, -1).all(axis=-1)
+    return finite
+
+
+def population_loss(
     problem: AbstractProblem, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray]
 ) -> np.ndarray:
     """`problem.loss` of `[seeds, T]` states in float64.
@@ -384,7 +444,7 @@ def _population_loss(
     mesh = _compat.lane_mesh(devices)
     batch = min(_LOSS_BATCH, 1 << (total - 1).bit_length())
     batch = -(-batch // mesh.size) * mesh.size
-    with _wide():
+    with wide():
         numbers, static = eqx.partition(_cast(problem, np.dtype(np.float64)), eqx.is_array)
         program = _loss_program(mesh, static)
         values = []
@@ -429,8 +489,11 @@ def _record(problem, tau, state, loss, status, stats, settings, notes) -> Trajec
 class GeneralRun:
     """An ensemble under way for any problem and optimizer: `advance` it, `read` its states.
 
-    `carry` (with `steps`) is all that changes; putting back a saved one resumes the run.
+    `carry` (with `steps`) is all that changes; putting back a saved one resumes the run. A seed
+    whose next state would not be finite is frozen.
     """
+
+    engine = "general"
 
     def __init__(
         self,
@@ -464,7 +527,8 @@ class GeneralRun:
         start = self._cast({"fast": state.fast, "slow": state.slow})
         start = jax.tree.map(lambda leaf: jnp.asarray(leaf[row_of]), start)
         memory = () if optimizer is None else jax.vmap(optimizer.init)(start)
-        self.carry = _compat.place((start, memory), mesh)
+        alive = jnp.ones(count, bool)
+        self.carry = _compat.place((start, memory, alive), mesh)
         self._numbers, self._static = eqx.partition(_cast(problem, self._dtype), eqx.is_array)
         self._program = _general_program(
             mesh, self._static, gradient, optimizer, samples is not None, own_samples
@@ -483,10 +547,14 @@ class GeneralRun:
             steps -= part
 
     def read(self) -> State:
-        """The states, float64 leaves `[seeds, ...]`; waits for the steps under way."""
-        state = jax.tree.map(
-            lambda leaf: np.asarray(leaf, dtype=np.float64)[: self._seeds], self.carry[0]
-        )
+        """The states, float64 leaves `[seeds, ...]`, those of frozen seeds NaN."""
+        alive = np.asarray(self.carry[2])
+
+        def read(leaf: Array) -> np.ndarray:
+            kept = alive.reshape(-1, *(1,) * (leaf.ndim - 1))
+            return np.where(kept, np.asarray(leaf, dtype=np.float64), np.nan)[: self._seeds]
+
+        state = jax.tree.map(read, self.carry[0])
         return State(state["fast"], state["slow"])
 
     def _cast(self, tree: PyTree) -> PyTree[np.ndarray]:
@@ -528,7 +596,8 @@ def _general_program(mesh, static, gradient, optimizer, replay, own) -> Any:
         problem = eqx.combine(numbers, static)
 
         def one_step(index, carry):
-            (point, memory) = carry
+            (point, memory, alive) = carry
+            old = point, memory
             if replay:
                 sample = jax.tree.map(lambda leaf: leaf[index], source)
             else:
@@ -546,7 +615,10 @@ def _general_program(mesh, static, gradient, optimizer, replay, own) -> Any:
             else:
                 steps, memory = optimizer.update(slopes, memory, point)
             point = jax.tree.map(lambda old, move: old + move.astype(old.dtype), point, steps)
-            return point, memory
+            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(point)]
+            alive = functools.reduce(jnp.logical_and, finite, alive)
+            kept = jax.tree.map(lambda new, old: jnp.where(alive, new, old), (point, memory), old)
+            return (*kept, alive)
 
         return lax.fori_loop(jnp.zeros_like(count), count, one_step, carry)
 

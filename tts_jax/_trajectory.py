@@ -1,6 +1,5 @@
 """The one answer of every dynamics: recorded times, states, losses and a status per lane."""
 
-import contextlib
 import enum
 import json
 import os
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from tts_jax._checkpoint import replacing
 from tts_jax._checks import is_traced
 from tts_jax._problem import AbstractProblem
 from tts_jax._version import __version__
@@ -217,22 +217,16 @@ def write_netcdf(dataset: "xarray.Dataset", path: str | os.PathLike[str]) -> Pat
         OSError: the folder is missing or not writable.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb"):
-            pass
-        dataset.to_netcdf(temporary, engine="h5netcdf")
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        # in memory first: HDF5 crashes the process when a file cannot be completed
+        content = dataset.to_netcdf(engine="h5netcdf")
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise type(error)(
             f"Cannot write `{path}`: {error.strerror or error}. Choose a folder that exists, is "
             f"writable and has space left."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,24 +1,29 @@
-"""The command line: `tts-jax reproduce` computes the paper's figures and writes what they show.
+"""The command line: `tts-jax reproduce` computes the paper's figures and writes what they show,
+`tts-jax sweep` runs SGD over a grid of settings and `tts-jax resume` goes on with a sweep.
 
 Each command is a function in `APP`; its docstring is its help. Arguments are checked before
 anything is computed, data are written before anything is drawn. Exit codes: 0 everything was
-made, 1 something could not be computed, drawn or written, 2 a bad argument, 130 interrupted.
+made, 1 something could not be computed, drawn or written, 2 a bad argument, 130 interrupted, 143
+terminated.
 """
 
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 import xarray
 
-from tts_jax import _compat
-from tts_jax._trajectory import write_netcdf
+from tts_jax import _compat, _distributed
+from tts_jax._checkpoint import Stopped, terminated_like_interrupted
+from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
+from tts_jax._trajectory import Status, write_netcdf
 from tts_jax._version import __version__
 
 
@@ -35,6 +40,9 @@ _DESCRIPTION = """Two-timescale learning problems: stochastic gradient descent, 
 at finite ε, and the limit ε → 0, on one time axis.
 
 `tts-jax --version` prints the version; `tts-jax <command> --help` explains a command."""
+
+
+_COMPLETE = "files named above are complete."
 
 
 class UsageError(Exception):
@@ -60,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"tts-jax: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"tts-jax: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\ntts-jax: interrupted; files named above are complete.", file=sys.stderr)
+        print(f"\ntts-jax: interrupted; {_COMPLETE}", file=sys.stderr)
         return 130
 
 
@@ -117,6 +128,18 @@ def reproduce(
     groups: dict[str, list[str]] = {}
     for name in chosen:
         groups.setdefault(marion_berthier.FIGURES[name].experiment, []).append(name)
+    with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
+        report = _reproduced(groups, scale, seeds, out)
+    report.show()
+    return report.code
+
+
+def _reproduced(
+    groups: "dict[str, list[str]]", scale: Scale, seeds: int | None, out: Path
+) -> "_Report":
+    """Compute, write and draw the figures, those that share an experiment together."""
+    from tts_jax.experiments import marion_berthier
+
     report = _Report()
     for experiment, names in groups.items():
         specs = {name: marion_berthier.FIGURES[name] for name in names}
@@ -132,8 +155,162 @@ def reproduce(
         for name, data in group.data.items():
             group.draw(name, data, report)
         report.add(group)
-    report.show()
-    return report.code
+    return report
+
+
+@dataclass(frozen=True)
+class Job:
+    """Several processes that share the work, on one machine or many.
+
+    Attributes:
+        distributed: share the units of work with the other processes of this job, which all run
+            this command on a folder that all of them see. Slurm, Open MPI and Kubernetes jobs
+            are found by themselves.
+        coordinator: host and port of process 0, where the processes are started by hand.
+        processes: their number, where they are started by hand.
+        process_id: number of this process, from 0, where they are started by hand.
+    """
+
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+
+    def join(self) -> None:
+        """Join the other processes."""
+        by_hand = (self.coordinator, self.processes, self.process_id)
+        if not self.distributed:
+            if by_hand != (None, None, None):
+                raise UsageError(
+                    "Arguments `--coordinator`, `--processes` and `--process-id` must come with "
+                    "`--distributed`, got them alone. Add it, or leave them out."
+                )
+            return
+        try:
+            _distributed.initialize(*by_hand)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"Argument `--distributed` must find the other processes, got: {error} Start them "
+                f"with `srun` or `mpirun`, or give each `--coordinator HOST:PORT --processes N "
+                f"--process-id I`."
+            ) from error
+
+
+_CheckpointEvery = Annotated[
+    float, tyro.conf.arg(metavar="SECONDS", help="Time between checkpoints.")
+]
+
+
+@APP.command
+def sweep(
+    grid: tyro.conf.OmitArgPrefixes[Grid],
+    job: tyro.conf.OmitArgPrefixes[Job],
+    *,
+    out: Annotated[
+        Path, tyro.conf.arg(metavar="DIR", help="Folder of the run, created if missing.")
+    ],
+    lanes: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Seeds times cells that are computed together at most.",
+            help_behavior_hint="(default: 4096 on a CPU, else 131072)",
+        ),
+    ] = None,
+    checkpoint_every: _CheckpointEvery = 30.0,
+) -> int:
+    """Run SGD of the univariate problem over a grid of settings.
+
+    The grid is the product of the values of `--epsilon`, `--neurons`, `--eta`, `--step-size` and
+    `--noise`, each one or more numbers. In every cell seed i draws the same numbers. Writes
+    `DIR/sweep.nc` and prints a row per cell.
+
+    Ctrl-C and SIGTERM wait for a checkpoint; `tts-jax resume DIR` goes on from the last one, also
+    after a crash, to the same bits.
+
+    A process uses all cores that it may run on. To share the work among several, start one on
+    each node, or bind each to cores of its own. Under Slurm, four processes of 64 cores:
+
+    srun --ntasks=4 --cpus-per-task=64 --cpu-bind=cores tts-jax sweep --distributed --out DIR ...
+    """
+    try:
+        grid.check()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_folder(out)
+    job.join()
+    return _swept(out, lambda: start_run(grid, out, lanes=lanes, **_long_run(checkpoint_every)))
+
+
+@APP.command
+def resume(
+    out: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="Folder of the run.")
+    ],
+    job: tyro.conf.OmitArgPrefixes[Job],
+    *,
+    checkpoint_every: _CheckpointEvery = 30.0,
+) -> int:
+    """Go on with a sweep that was stopped or killed, from its last checkpoint.
+
+    The result has the same bits as that of a run that never stopped. The number of devices and
+    of processes may be another one.
+    """
+    job.join()
+    return _swept(out, lambda: resume_run(out, **_long_run(checkpoint_every)))
+
+
+def _long_run(checkpoint_every: float) -> dict[str, Any]:
+    return {"checkpoint_every": checkpoint_every, "progress": True}
+
+
+def _swept(out: Path, compute: Callable[[], xarray.Dataset]) -> int:
+    """Compute a sweep and print what it came to."""
+    try:
+        dataset = compute()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        print(f"tts-jax: error: `{out}`: {error}", file=sys.stderr)
+        return 1
+    if not _distributed.is_first():
+        return 0
+    print(_table(_CELL_HEADER, _cell_rows(dataset)))
+    print("\nLosses at the last τ over the seeds that reached it: median, and the band that holds")
+    print("80 % of them. A jump counts as recovered when a neuron is within η of it.")
+    if (dataset.status == int(Status.DIVERGED)).any():
+        print(f"DIVERGED: {Status.DIVERGED.advice}")
+    if not (out / RESULT).exists():
+        return 1
+    print(f"\nFile: {out / RESULT}")
+    return 0
+
+
+_CELL_HEADER = (
+    *("ε", "neurons", "η", "h", "noise", "seeds", "diverged"),
+    *("loss", "80 % band", "jumps", "all"),
+)
+
+
+def _cell_rows(dataset: xarray.Dataset) -> list[tuple[str, ...]]:
+    """A row for each cell of the grid."""
+    axes = ("epsilon", "neurons", "eta", "step_size", "noise")
+    cells = dataset.stack(cell=axes)
+    rows = []
+    for index, point in enumerate(cells.cell.values):
+        cell = cells.isel(cell=index, tau=-1)
+        good = cell.status.values == int(Status.SUCCESS)
+        found = (cell.recovery.transpose("seed", "jump").values <= point[2])[good]
+        row = [*(f"{value:g}" for value in point), f"{good.size}", f"{np.sum(~good)}"]
+        if good.any():
+            low, median, high = np.quantile(cell.loss.values[good], (0.1, 0.5, 0.9))
+            row += [f"{median:.4g}", f"{low:.3g} to {high:.3g}"]
+            row += [f"{found.sum(axis=1).mean():.2f} of {found.shape[1]}"]
+            row += [f"{found.all(axis=1).mean():.0%}"]
+        else:
+            row += ["-"] * 4
+        rows.append(tuple(row))
+    return rows
 
 
 def _check_folder(out: Path) -> None:

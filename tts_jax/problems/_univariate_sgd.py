@@ -14,12 +14,14 @@ of float32 numbers near 1.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tts_jax import _compat
-from tts_jax._lanes import Lanes, sum_rows
+from tts_jax._batch_last import Lanes, each_row, sum_rows
 from tts_jax._problem import State
 from tts_jax._random import (
     Words,
@@ -37,6 +39,8 @@ _REACH = _CUBE_ROOT / 2.0  # half-width c of a transition in these units
 _SLOPE = 12.0 / _CUBE_ROOT**2  # σ′ = _SLOPE · w²
 
 GRADIENTS = ("exact", "box")
+
+DIVERGED = 1e10  # residual beyond which a lane has left the problem
 
 Sample = tuple[Float[Array, "..."], Float[Array, "..."]]
 
@@ -78,29 +82,32 @@ def sample_gradient(
 
 
 class Shared(NamedTuple):
-    """Numbers that all lanes share, in the dtype of the run."""
+    """The target, in the dtype of the run."""
 
     jumps: Float[Array, " jumps"]
     first: Float[Array, ""]  # level of the first piece
     heights: Float[Array, " jumps"]
-    noise: Float[Array, ""]
-    scale: Float[Array, ""]  # κ
-    kick: Float[Array, ""]  # moves an offset: kick · (2 h r) · a_j · w²
 
 
 class Fixed(NamedTuple):
     """What a lane keeps through the run."""
 
     start: Float[Array, "m W"]  # positions that the offsets refer to
-    fence: Float[Array, " W"]  # 1/(2h)
+    noise: Float[Array, " W"]
+    scale: Float[Array, " W"]  # κ
+    kick: Float[Array, " W"]  # units of a lane weight per a_j
+    inverse_kick: Float[Array, " W"]
+    rate: Float[Array, " W"]  # 2h
+    inverse_rate: Float[Array, " W"]
 
 
 class Carry(NamedTuple):
     """What a step changes."""
 
     bias: Float[Array, " W"]
-    weights: Float[Array, "m W"]
+    weights: Float[Array, "m W"]  # times kick
     offsets: Float[Array, "m W"]  # in units of η/∛4
+    limit: Float[Array, " W"]  # of the residual; negative once the lane is frozen
 
 
 def lane_start(
@@ -108,45 +115,51 @@ def lane_start(
 ) -> Lanes:
     """Lanes from float64 states `State([m+1, lanes], [m, lanes])`."""
     fast, slow = (np.asarray(leaf, dtype=np.float64) for leaf in state)
+    lanes = slow.shape[-1]
 
     def cast(value: Any) -> Any:
-        return np.asarray(value, dtype=dtype)
+        with np.errstate(over="ignore"):  # a start out of range is a lane that diverges
+            return np.asarray(value, dtype=dtype)
+
+    def every(value: Any) -> Any:
+        return np.full(lanes, value, dtype=dtype)
 
     start = cast(slow)
-    scale = _CUBE_ROOT / float(problem.eta)
+    scale = every(_CUBE_ROOT / float(problem.eta))
     slope = _SLOPE if gradient == "exact" else 1.0
     values = np.asarray(problem.target.values, dtype=np.float64)
     shared = Shared(
-        jumps=cast(problem.target.jumps),
-        first=cast(values[0]),
-        heights=cast(np.diff(values)),
-        noise=cast(problem.noise),
-        scale=cast(scale),
-        kick=cast(scale * epsilon * slope / float(problem.eta)),
+        jumps=cast(problem.target.jumps), first=cast(values[0]), heights=cast(np.diff(values))
     )
-    fixed = Fixed(start, cast(np.full(slow.shape[-1], 1.0 / (2.0 * step_size))))
-    offsets = cast((slow - start.astype(np.float64)) * scale)
-    return Lanes(shared, fixed, Carry(cast(fast[0]), cast(fast[1:]), offsets))
+    kick = every(_CUBE_ROOT * epsilon * slope / float(problem.eta) ** 2)
+    rate = every(2.0 * step_size)
+    fixed = Fixed(start, every(problem.noise), scale, kick, 1 / kick, rate, 1 / rate)
+    offsets = cast((slow - start.astype(np.float64)) * scale.astype(np.float64))
+    return Lanes(
+        shared,
+        fixed,
+        Carry(cast(fast[0]), cast(fast[1:] * kick.astype(np.float64)), offsets, every(DIVERGED)),
+    )
 
 
-def lane_state(problem: Any, lanes: Lanes) -> State:
-    """The float64 states `State([m+1, lanes], [m, lanes])` of lanes."""
-    bias, weights, offsets = (np.asarray(leaf, dtype=np.float64) for leaf in lanes.carry)
-    start = np.asarray(lanes.fixed.start, dtype=np.float64)
-    scale = _CUBE_ROOT / float(problem.eta)
-    return State(np.concatenate([bias[None], weights]), start + offsets / scale)
+def lane_state(lanes: Lanes) -> tuple[State, np.ndarray]:
+    """The float64 states `State([m+1, lanes], [m, lanes])`, and which lanes are alive."""
+    fixed, carry = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), lanes[1:])
+    # with the very numbers of the steps, rounded or not
+    fast = np.concatenate([carry.bias[None], carry.weights * fixed.inverse_kick])
+    return State(fast, fixed.start + carry.offsets / fixed.scale), carry.limit > 0
 
 
-def lane_sample(shared: Shared, key: Words, step: Words) -> Sample:
+def lane_sample(shared: Shared, fixed: Fixed, key: Words, step: Words) -> Sample:
     """The samples (x, label noise) of lanes and steps, of the words' broadcast shape."""
-    return draw(key, step, shared.noise, shared.noise.dtype)
+    return draw(key, step, fixed.noise, fixed.noise.dtype)
 
 
 def lane_label(shared: Shared, sample: Sample) -> tuple[Array, Array]:
     """(x, y) with y = f*(x) + noise."""
     x, noise = sample
     level = noise + shared.first
-    for k in range(shared.jumps.shape[0]):
+    for k in range(len(shared.jumps)):
         level = level + jnp.where(x >= shared.jumps[k], shared.heights[k], 0)
     return x, level
 
@@ -154,17 +167,33 @@ def lane_label(shared: Shared, sample: Sample) -> tuple[Array, Array]:
 def lane_step(
     shared: Shared, fixed: Fixed, carry: Carry, point: tuple[Array, Array], *, gradient: str
 ) -> Carry:
-    """One SGD step of all lanes: a by h, u by εh, both gradients at the old state."""
-    bias, weights, offsets = carry
+    """One SGD step of all lanes: a by h, u by εh, both gradients at the old state.
+
+    A lane whose residual leaves ±`DIVERGED` is frozen where it was before the step.
+    """
+    bias, weights, offsets, limit = carry
     x, y = point
-    reach = np.asarray(_REACH, weights.dtype)
-    z = (x - fixed.start) * shared.scale - offsets
-    w = reach - jnp.minimum(jnp.abs(z), reach)
-    square = w * w
-    tail = square * w
-    features = jnp.where(z > 0, 1 - tail, tail)
-    output = bias + sum_rows([weights[j] * features[j] for j in range(weights.shape[0])])
-    pull = _compat.fenced_scale(output - y, fixed.fence)  # 2 h r
-    slope = square if gradient == "exact" else (jnp.abs(z) <= reach).astype(weights.dtype)
-    push = (shared.kick * pull) * weights
-    return Carry(bias - pull, weights - pull * features, offsets + push * slope)
+    reach = x.dtype.type(_REACH)
+
+    def transition(start: Array, offset: Array) -> tuple[Array, Array]:
+        z = (x - start) * fixed.scale - offset
+        w = reach - jnp.minimum(jnp.abs(z), reach)
+        square = w * w
+        tail = square * w
+        slope = square if gradient == "exact" else (jnp.abs(z) <= reach).astype(x.dtype)
+        return lax.select(z > 0, 1 - tail, tail), slope
+
+    features, slopes = each_row(transition, fixed.start, offsets)
+    total = sum_rows(each_row(jnp.multiply, weights, features))
+    residual = total * fixed.inverse_kick + (bias - y)
+    tame = jnp.abs(residual) <= limit  # false for NaN, and for good once false
+    limit = lax.select(tame, limit, -jnp.ones_like(limit))
+    pull = _compat.fenced_scale(tame, residual, fixed.rate, fixed.inverse_rate)  # 2 h r
+    push = fixed.kick * pull
+
+    def move(weight: Array, offset: Array, feature: Array, slope: Array) -> tuple[Array, Array]:
+        moved = offset + pull * (weight * slope)
+        return weight - push * feature, moved
+
+    weights, offsets = each_row(move, weights, offsets, features, slopes)
+    return Carry(bias - pull, weights, offsets, limit)

@@ -125,6 +125,7 @@ class Univariate(AbstractProblem):
     }
     gradients: ClassVar = _univariate_sgd.GRADIENTS
     lanes: ClassVar = True
+    lane_rows: ClassVar = True
 
     def __init__(
         self,
@@ -401,8 +402,8 @@ class Univariate(AbstractProblem):
     def lane_start(self, state: State, **options: Any) -> Any:
         return _univariate_sgd.lane_start(self, state, **options)
 
-    def lane_sample(self, shared: Any, key: Any, step: Any) -> tuple[Array, Array]:
-        return _univariate_sgd.lane_sample(shared, key, step)
+    def lane_sample(self, shared: Any, fixed: Any, key: Any, step: Any) -> tuple[Array, Array]:
+        return _univariate_sgd.lane_sample(shared, fixed, key, step)
 
     def lane_label(self, shared: Any, sample: tuple[Array, Array]) -> tuple[Array, Array]:
         return _univariate_sgd.lane_label(shared, sample)
@@ -410,8 +411,8 @@ class Univariate(AbstractProblem):
     def lane_step(self, shared: Any, fixed: Any, carry: Any, point: Any, *, gradient: str) -> Any:
         return _univariate_sgd.lane_step(shared, fixed, carry, point, gradient=gradient)
 
-    def lane_state(self, lanes: Any) -> State:
-        return _univariate_sgd.lane_state(self, lanes)
+    def lane_state(self, lanes: Any) -> tuple[State, np.ndarray]:
+        return _univariate_sgd.lane_state(lanes)
 
     # --- closed forms -------------------------------------------------------------------------
 
