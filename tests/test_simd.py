@@ -22,7 +22,7 @@ from tts_jax._simd import graph, kernel, operations
 @pytest.fixture(autouse=True)
 def unfused(monkeypatch):
     """Round every product, as one operation after the other does."""
-    monkeypatch.setattr(kernel, "_has_fma", lambda: False)
+    monkeypatch.setattr(kernel, "has_fma", lambda: False)
 
 
 class Step:

@@ -368,7 +368,7 @@ class _SimdEngine:
     name = "simd"
 
     def __init__(self, form: _Form, threads: int, width: int | None) -> None:
-        from tts_jax._simd.kernel import vector_lanes
+        from tts_jax._simd.machine import vector_lanes
 
         # two machine vectors at a time, so that one is at work while the other waits
         pair = 2 * vector_lanes(form.dtype)

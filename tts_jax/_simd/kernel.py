@@ -21,6 +21,7 @@ from tts_jax._simd.graph import (
     rows_of,
     trace,
 )
+from tts_jax._simd.machine import compiled, has_fma
 from tts_jax._simd.memory import aligned
 from tts_jax._simd.operations import EMITTERS, call, like, number_type, splat
 
@@ -682,25 +683,7 @@ def write_group(module: Any, plan: Loop, leaves: Sequence[tuple[np.dtype, int]],
     return function, max(used, 64)
 
 
-# --- the machine ----------------------------------------------------------------------------
-
-
-@functools.cache
-def _has_fma() -> bool:
-    on_x86 = llvm.get_process_triple().startswith(("x86", "i386", "i686"))
-    return not on_x86 or bool(llvm.get_host_cpu_features().get("fma"))
-
-
-def vector_lanes(dtype: np.dtype) -> int:
-    """How many numbers fit the widest vector of this processor."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        size = 64
-    elif features.get("avx"):
-        size = 32
-    else:
-        size = 16
-    return size // dtype.itemsize
+# --- a problem's kernel ---------------------------------------------------------------------
 
 
 def lane_kernel(
@@ -738,14 +721,14 @@ def lane_kernel(
     word = jax.ShapeDtypeStruct((TRACED_LANES,), np.uint32)
     if replay:
         given = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(rows.shape, dtype), sample)
-        draw = trace(problem.lane_label, shared, given, fused=_has_fma())
+        draw = trace(problem.lane_label, shared, given, fused=has_fma())
         source = jax.tree.leaves(given)
     else:
 
         def drawn(shared, fixed, key, step):
             return problem.lane_label(shared, problem.lane_sample(shared, fixed, key, step))
 
-        draw = trace(drawn, shared, fixed, (word, word), (rows, rows), fused=_has_fma())
+        draw = trace(drawn, shared, fixed, (word, word), (rows, rows), fused=has_fma())
         source = [word, word]
     for leaf in jax.tree.leaves(draw.form):
         if leaf.shape != rows.shape:
@@ -757,7 +740,7 @@ def lane_kernel(
             raise Unsupported("arrays of booleans")
     points = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((TRACED_LANES,), leaf.dtype), draw.form)
     stepped = functools.partial(problem.lane_step, gradient=gradient)
-    step = trace(stepped, shared, fixed, carry, points, fused=_has_fma())
+    step = trace(stepped, shared, fixed, carry, points, fused=has_fma())
     if jax.tree.structure(step.form) != jax.tree.structure(carry):
         raise Unsupported("`lane_step` must return the structure of its carry")
 
@@ -811,7 +794,7 @@ class Kernel:
         strides = [max(rows, 0) * turns * plan.layout.width for _, rows in leaves]
         self._groups(module, group, strides)
         self.text = str(module)
-        self._engine = _compiled(self.text)
+        self._engine = compiled(self.text)
         address = self._engine.get_function_address("groups")
         kinds = [ctypes.c_void_p] * (len(strides) + 1) + [ctypes.c_int64] * 4
         self._call = ctypes.CFUNCTYPE(None, *kinds)(address)
@@ -842,22 +825,3 @@ class Kernel:
         # the step number wraps like the two words that it is
         step = step - (1 << 64) if step >= 1 << 63 else step
         self._call(*pointers, scratch.ctypes.data, first, last, step, count)
-
-
-def _compiled(text: str) -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(text)
-    module.verify()
-    # vectors are written at the width they shall have
-    features = f"{llvm.get_host_cpu_features().flatten()},-prefer-256-bit"
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
-    )
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = options.slp_vectorization = False
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    return engine

@@ -57,13 +57,19 @@ bump.defjvps(lambda dz, _, z: bump_slope(z) * dz)
 
 # --- two steps, over the whole line ---------------------------------------------------------
 
+# On |r| < ½, coefficients of ½E|r + W|, P(W > |r|) and the density of W in |r|; on ½ < |r| < 1
+# they are |r|/2 + FAR_MEAN d⁷, FAR_TAIL d⁶ and FAR_DENSITY d⁵ with d = 1 − |r|.
+NEAR_MEAN, FAR_MEAN = (5 / 56, 0.0, 0.9, 0.0, -2.0, 2.4, -0.8, -4 / 35), 0.8 / 7
+NEAR_TAIL, FAR_TAIL = (0.5, -1.8, 0.0, 8.0, -12.0, 4.8, 0.8), 0.8
+NEAR_DENSITY, FAR_DENSITY = (1.8, 0.0, -24.0, 48.0, -24.0, -4.8), 4.8
+
 
 @jax.custom_jvp
 def gap_mean(r: Float[Array, "..."]) -> Float[Array, "..."]:
     """½ E|r + W|; the overlap is ∫_{−∞}^1 σ_i σ_j = 1 − (u_i + u_j)/2 − η gap_mean(r)."""
     s = jnp.abs(r)
-    near = _horner((5 / 56, 0.0, 0.9, 0.0, -2.0, 2.4, -0.8, -4 / 35), s)
-    far = s / 2 + (0.8 / 7) * jnp.maximum(1.0 - s, 0.0) ** 7
+    near = _horner(NEAR_MEAN, s)
+    far = s / 2 + FAR_MEAN * jnp.maximum(1.0 - s, 0.0) ** 7
     return jnp.where(s < 0.5, near, far)
 
 
@@ -71,8 +77,8 @@ def gap_mean(r: Float[Array, "..."]) -> Float[Array, "..."]:
 def gap_cdf(r: Float[Array, "..."]) -> Float[Array, "..."]:
     """P(W ≤ r) = ∫ σ′_i σ_j dx/η with r = (u_i − u_j)/η."""
     s = jnp.abs(r)
-    near = _horner((0.5, -1.8, 0.0, 8.0, -12.0, 4.8, 0.8), s)
-    tail = jnp.where(s < 0.5, near, 0.8 * jnp.maximum(1.0 - s, 0.0) ** 6)
+    near = _horner(NEAR_TAIL, s)
+    tail = jnp.where(s < 0.5, near, FAR_TAIL * jnp.maximum(1.0 - s, 0.0) ** 6)
     return jnp.where(r > 0, 1.0 - tail, tail)
 
 
@@ -80,8 +86,8 @@ def gap_cdf(r: Float[Array, "..."]) -> Float[Array, "..."]:
 def gap_density(r: Float[Array, "..."]) -> Float[Array, "..."]:
     """The density of W: ∫ σ′_i σ′_j dx/η with r = (u_i − u_j)/η."""
     s = jnp.abs(r)
-    near = _horner((1.8, 0.0, -24.0, 48.0, -24.0, -4.8), s)
-    return jnp.where(s < 0.5, near, 4.8 * jnp.maximum(1.0 - s, 0.0) ** 5)
+    near = _horner(NEAR_DENSITY, s)
+    return jnp.where(s < 0.5, near, FAR_DENSITY * jnp.maximum(1.0 - s, 0.0) ** 5)
 
 
 def gap_density_slope(r: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -98,7 +104,7 @@ gap_density.defjvps(lambda dr, _, r: gap_density_slope(r) * dr)
 
 # --- two steps, over the half line beyond an edge -------------------------------------------
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(4)  # exact up to degree 7
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(4)  # exact up to degree 7
 
 
 def _half_line(f, g, p: Array, q: Array) -> Array:
@@ -114,9 +120,9 @@ def _half_line(f, g, p: Array, q: Array) -> Array:
     total = jnp.zeros_like(p)
     for left, right in ((low, first), (first, second), (second, jnp.zeros_like(p))):
         half, middle = (right - left) / 2, (right + left) / 2
-        t = middle[..., None] + half[..., None] * jnp.asarray(_NODES, p.dtype)
+        t = middle[..., None] + half[..., None] * jnp.asarray(NODES, p.dtype)
         values = f(t + p[..., None]) * g(t + q[..., None])
-        total += half * jnp.sum(values * jnp.asarray(_WEIGHTS, p.dtype), axis=-1)
+        total += half * jnp.sum(values * jnp.asarray(WEIGHTS, p.dtype), axis=-1)
     return total
 
 

@@ -1,0 +1,957 @@
+"""The univariate problem's stiff flow as a program for LLVM: Rodas5P on banded stages, in lanes.
+
+In plateau values F_k = Σ_{j≤k} a_j of neurons in the order of their positions the network is a sum
+of local bumps, so that the Hessian of the loss in y = (F_0, u_1, F_1, u_2, …, F_m) is banded: its
+half-bandwidth is 2K + 2 where neighbours up to the K-th overlap, that is are closer than η. The
+gradient flow reads
+
+    M y′ = −∇L(y),   M = ε tridiag(−1, 2, −1) on F (the last diagonal entry is 1), 1 on u,
+
+and a stage of a Rosenbrock method solves S k_i = −∇L(y_i) + M Σ_j (C_ij/h) k_j with
+S = M/(γh) + ∇²L, symmetric, by a banded LDLᵀ without pivoting. With ε = 0 this is the reduced
+flow as a differential-algebraic equation, for which Rodas5P is made.
+
+Pair functions of the signed gap r = (u_j − u_i)/η, i < j, with W the difference of two independent
+transitions: T = E(W − r)₊, Q = P(W > r), κ the density of W. They vanish for r ≥ 1 and hold for
+any r, so neurons may cross within a step; afterwards they are put in order again. Every
+evaluation checks that no pair beyond the K-th neighbour overlaps; if one does, the step is done
+again with a wider band. A transition that crosses an end of [0, 1] takes the part beyond it off
+again; positions farther out count as the place where the transition just leaves the interval.
+
+Vectors hold one number per lane; a lane's numbers do not depend on its neighbours, nor on K.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+
+from tts_jax._rosenbrock import A, C, GAMMA, H
+from tts_jax._simd.writer import ADDRESS, WHOLE, Array, Index, Mask, Real, Writer
+from tts_jax.problems import _step
+
+
+STAGES = len(A)
+OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
+
+# Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
+VECTORS = {
+    "state": "n",  # y at the start of the step
+    "next": "n",  # y at its end
+    "stage": "n",  # y_i
+    "right": "n",  # right-hand sides, then solutions
+    "slope": "n",  # −∇L at the start of the step
+    "stages": f"{STAGES} * n",  # k_i
+    "dense": "3 * n",
+    "band": "n * b",  # row i: S(i, i), S(i, i−1), …; then L
+    "inverse": "n",  # 1/D
+    "weight": "m + 2",  # a
+    "place": "m + 2",  # u, no farther out than half a width
+    "edge": "m + 2",  # u less the part of the transition beyond 1
+    "area": "m + 2",  # ∫₀^u f*, smoothed
+    "level": "m + 2",  # f* at u, smoothed
+    "pull": "m + 2",  # p_k = Σ_j a_j T_kj
+    "misfit": "m + 2",  # E_j = ∫(f − f*)σ′_j/η
+    "left": "m + 2",  # −u/η
+    "right_end": "m + 2",  # (u − 1)/η
+    "order": "m + 2",  # which neuron of the caller this is
+    "lane": "16",
+}
+# Vectors in `lane`.
+TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, STEP_LEFT = range(10)
+# Arrays of indices or numbers of one lane each, or shared.
+LANE_INDICES = ("start", "record", "steps", "accepts", "widest")
+NUMBERS = (
+    *("eta", "per_eta", "rtol", "atol", "end", "first", "last", "total", "square", "shift"),
+    *("per_scale", "fast_share", "least_step", "first_step"),
+)
+SIZES = ("neurons", "jumps", "times", "starts", "max_steps", "stride", "reduced")
+SHARED = (
+    *("numbers", "sizes", "jump", "height", "queue", "tau"),
+    *("start_state", "start_order", "start_epsilon"),
+    *("record_state", "record_order", "loss", "fast", "slow"),
+    *("status", "step_count", "accept_count", "bandwidth", "reached"),
+)
+SLOTS = {
+    name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))
+}
+OF_INDICES = {"sizes", "queue", "status", "step_count", "accept_count", "bandwidth", *LANE_INDICES}
+
+
+class Scope:
+    """A writer with the arrays of the work table at hand."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = w = writer
+        self.table = Array(w, writer.arguments[0], WHOLE)
+        self._sizes = self.array("sizes")
+        self.m = self.size("neurons")
+        self.rows = self.m * 2 + 1
+        self.stride = self.size("stride")
+
+    def array(self, name: str) -> Array:
+        w = self.writer
+        pointer = w.builder.inttoptr(self.table[SLOTS[name]].ir, ADDRESS)
+        if name in VECTORS:
+            return w.vectors(pointer)
+        return w.indices(pointer) if name in OF_INDICES else w.numbers(pointer)
+
+    def size(self, name: str) -> Index:
+        return self._sizes[SIZES.index(name)]
+
+    def number(self, name: str) -> Real:
+        return self.array("numbers")[NUMBERS.index(name)]
+
+    def shared(self, name: str) -> Real:
+        """A number, for every lane."""
+        return self.writer.splat(self.number(name))
+
+
+def _horner(coefficients: tuple[float, ...], x: Real) -> Real:
+    value = x.writer.real(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + coefficient if coefficient else value * x
+    return value
+
+
+def pair(w: Writer, r: Real, *, density: bool) -> tuple[Real, Real, Real | None]:
+    """T, Q and κ of the signed gap r."""
+    s = w.abs(r)
+    d = w.maximum(1.0 - s, 0.0)
+    near = s < 0.5
+    d2 = d * d
+    d4 = d2 * d2
+    d6 = d4 * d2
+    mean = (_step.NEAR_MEAN[0], _step.NEAR_MEAN[1] - 0.5, *_step.NEAR_MEAN[2:])
+    overlap = w.where(near, _horner(mean, s), (d6 * d) * _step.FAR_MEAN)
+    tail = w.where(near, _horner(_step.NEAR_TAIL, s), d6 * _step.FAR_TAIL)
+    kappa = None
+    if density:
+        kappa = w.where(near, _horner(_step.NEAR_DENSITY, s), (d4 * d) * _step.FAR_DENSITY)
+    return overlap + w.maximum(-r, 0.0), w.where(r < 0.0, 1.0 - tail, tail), kappa
+
+
+def ramp(w: Writer, z: Real) -> Real:
+    t = w.maximum(0.5 - w.abs(z), 0.0)
+    square = t * t
+    return w.maximum(z, 0.0) + square * square
+
+
+def step(w: Writer, z: Real) -> Real:
+    t = w.maximum(0.5 - w.abs(z), 0.0)
+    tail = (t * t) * t * 4.0
+    return w.where(z > 0.0, 1.0 - tail, tail)
+
+
+def bump(w: Writer, z: Real) -> Real:
+    t = w.maximum(0.5 - w.abs(z), 0.0)
+    return (t * t) * 12.0
+
+
+class Program:
+    """All functions of the engine in one module, for vectors of `lanes`.
+
+    The entry points take the work table: `settle` moves the starts to the critical manifold,
+    `advance` solves starts from the queue, `finish` turns records into answers.
+    """
+
+    def __init__(self, module: Any, lanes: int) -> None:
+        self.module, self.lanes = module, lanes
+        self.cuts = {
+            name: self._cut(name, first, second)
+            for name, first, second in (
+                ("cut_mean", step, step),
+                ("cut_cdf", bump, step),
+                ("cut_density", bump, bump),
+            )
+        }
+        self.edges = self._edges()
+        self.gradient = self._gradient()
+        self.edge_hessian = self._edge_hessian()
+        self.hessian = self._hessian()
+        self.factor = self._factor()
+        self.solve = self._solve()
+        self.project = self._project()
+        self.band = self._band()
+        self.attempt = self._attempt()
+        self.densify = self._densify()
+        self.record = self._record()
+        self.refill = self._refill()
+        self.advance = self._advance()
+        self.settle = self._settle()
+        self.finish = self._finish()
+
+    def _function(
+        self, name: str, extra: tuple[Any, ...] = (), result: Any = None
+    ) -> tuple[Writer, Scope]:
+        writer = Writer(self.module, name, (ADDRESS, *extra), self.lanes, result)
+        return writer, Scope(writer)
+
+    # --- edges of the interval ---
+
+    def _cut(self, name: str, first: Any, second: Any) -> Writer:
+        """∫_{t<0} f(t + p) g(t + q) dt between the breakpoints, as in `_step`."""
+        vector = ir.VectorType(ir.DoubleType(), self.lanes)
+        w = Writer(self.module, name, (vector, vector), self.lanes, vector)
+        p, q = (Real(w, argument) for argument in w.arguments)
+        smaller, larger = w.minimum(p, q), w.maximum(p, q)
+        low = w.minimum(-0.5 - smaller, 0.0)
+        one = w.minimum(w.maximum(-larger, low), 0.0)
+        two = w.minimum(w.maximum(-smaller, low), 0.0)
+        total = w.real(0.0)
+        for start, stop in ((low, one), (one, two), (two, w.real(0.0))):
+            half, middle = (stop - start) * 0.5, (stop + start) * 0.5
+            part = w.real(0.0)
+            for node, weight in zip(_step.NODES, _step.WEIGHTS, strict=True):
+                t = middle + half * float(node)
+                part = part + (first(w, t + p) * second(w, t + q)) * float(weight)
+            total = total + half * part
+        w.give(total)
+        return w
+
+    def _cut_of(self, w: Writer, name: str, p: Real, q: Real) -> Real:
+        return Real(w, w.call(self.cuts[name], p, q))
+
+    def _edges(self) -> Writer:
+        """Corrections of `gradient` for transitions that cross an end of [0, 1]."""
+        w, scope = self._function("edges", (ADDRESS,))
+        y = w.vectors(w.arguments[1])
+        m = scope.m
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        first, last = scope.shared("first"), scope.shared("last")
+        names = ("place", "edge", "area", "level", "pull", "misfit", "weight", "left", "right_end")
+        place, edge, area, level, pull, misfit, weight, left, right = map(scope.array, names)
+        top = y[m * 2]
+        with w.range(1, m + 1) as j:
+            left[j] = -(place[j] * per_eta)
+            right[j] = (place[j] - 1.0) * per_eta
+        passed = w.variable(w.real(0.0))  # Σ_{i<j} a_i R_i
+        with w.range(1, m + 1) as j:
+            p, q = left[j], right[j]
+            with w.when(w.any(p > -0.5)):
+                beyond, share = ramp(w, p), step(w, p)
+                pull[0] = pull[0] + weight[j] * beyond
+                pull[j] = pull[j] + y[0] * beyond
+                area[j] = area[j] + first * (eta * beyond)
+                misfit[j] = misfit[j] - (y[0] - first) * share
+                with w.range(1, m + 1) as i:
+                    with w.when(w.any(left[i] > -0.5)):
+                        a = weight[i]
+                        pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", left[i], p)
+                        misfit[j] = misfit[j] - a * self._cut_of(w, "cut_cdf", p, left[i])
+            with w.when(w.any(q > -0.5)):
+                beyond, share = ramp(w, q), step(w, q)
+                edge[j] = edge[j] - eta * beyond
+                area[j] = area[j] - last * (eta * beyond)
+                misfit[j] = misfit[j] - (top - last) * share
+                pull[j] = pull[j] - beyond * (top - y[j * 2 - 2])
+                with w.range(1, m + 1) as i:
+                    with w.when(w.any(right[i] > -0.5)):
+                        a = weight[i]
+                        pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", right[i], q)
+                        misfit[j] = misfit[j] + a * self._cut_of(w, "cut_cdf", q, right[i])
+            pull[j] = pull[j] - passed.get()
+            passed.set(passed.get() + weight[j] * ramp(w, q))
+        w.give()
+        return w
+
+    # --- gradient ---
+
+    def _gradient(self) -> Writer:
+        """gradient(table, y, g, K): g = −∇L; whether a pair beyond the K-th neighbour overlaps."""
+        bit = ir.IntType(1)
+        w, scope = self._function("gradient", (ADDRESS, ADDRESS, WHOLE), bit)
+        y, g, bound = w.vectors(w.arguments[1]), w.vectors(w.arguments[2]), w.index(w.arguments[3])
+        m, jumps = scope.m, scope.size("jumps")
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        names = ("place", "edge", "area", "level", "pull", "misfit", "weight")
+        place, edge, area, level, pull, misfit, weight = map(scope.array, names)
+        jump, height = scope.array("jump"), scope.array("height")
+        low, high = eta * -0.5, 1.0 + eta * 0.5
+        crossing = w.variable(w.real(0.0) > 1.0)
+        with w.range(1, m + 1) as j:
+            u = w.minimum(w.maximum(y[j * 2 - 1], low), high)
+            place[j] = u
+            edge[j] = u
+            a = y[j * 2] - y[j * 2 - 2]
+            weight[j] = a
+            pull[j] = a * _step.NEAR_MEAN[0]
+            misfit[j] = (y[j * 2] + y[j * 2 - 2]) * 0.5
+            crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
+            base = w.variable(scope.shared("first") * u)
+            mean = w.variable(scope.shared("first"))
+            with w.range(0, jumps) as k:
+                z = (u - jump[k]) * per_eta
+                tall = w.splat(height[k])
+                base.set(base.get() + tall * (eta * w.maximum(z, 0.0)))
+                mean.set(mean.get() + w.where(z > 0.0, tall, 0.0))
+                t = 0.5 - w.abs(z)
+                with w.when(w.any(t > 0.0)):
+                    t = w.maximum(t, 0.0)
+                    cube = (t * t) * t
+                    base.set(base.get() + tall * (eta * (cube * t)))
+                    tail = tall * (cube * 4.0)
+                    mean.set(mean.get() + w.where(z > 0.0, -tail, tail))
+            area[j] = base.get()
+            level[j] = mean.get()
+        place[0], edge[0], area[0], pull[0] = 0.0, 0.0, 0.0, 0.0
+        edge[m + 1] = 1.0
+        area[m + 1] = scope.shared("total")
+        pull[m + 1] = 0.0
+        with w.range(1, m) as i:
+            a, u = weight[i], place[i]
+            own_pull, own_misfit = w.variable(pull[i]), w.variable(misfit[i])
+            end = self._least(w, i + bound, m)
+            with w.range(i + 1, end + 1) as j:
+                r = (place[j] - u) * per_eta
+                with w.when(w.any(r < 1.0)):
+                    overlap, tail, _ = pair(w, r, density=False)
+                    other = weight[j]
+                    own_pull.set(own_pull.get() + other * overlap)
+                    own_misfit.set(own_misfit.get() + other * tail)
+                    pull[j] = pull[j] + a * overlap
+                    misfit[j] = misfit[j] - a * tail
+            pull[i] = own_pull.get()
+            misfit[i] = own_misfit.get()
+        # the nearest of all neurons beyond the K-th neighbour
+        nearest = w.variable(w.real(float("inf")))
+        narrow = w.variable(w.real(0.0) > 1.0)
+        with w.range(m - bound - 1, 0, -1) as i:
+            nearest.set(w.minimum(nearest.get(), place[i + bound + 1]))
+            narrow.set(narrow.get() | (nearest.get() - place[i] < eta))
+        with w.when(w.any(crossing.get())):
+            w.call(self.edges, w.arguments[0], w.arguments[1])
+        with w.range(0, m + 1) as k:
+            gap = edge[k + 1] - edge[k]
+            drift = y[k * 2] * gap - (area[k + 1] - area[k])
+            g[k * 2] = (drift - eta * (pull[k] - pull[k + 1])) * -2.0
+        with w.range(1, m + 1) as j:
+            u = place[j]
+            inside = (u > low) & (u < high)
+            error = w.where(inside, misfit[j] - level[j], 0.0)
+            misfit[j] = error
+            g[j * 2 - 1] = (weight[j] * error) * 2.0
+        w.give(w.any(narrow.get()))
+        return w
+
+    @staticmethod
+    def _least(w: Writer, first: Index, second: Index) -> Index:
+        return w.where(first < second, first, second)
+
+    # --- stage matrix ---
+
+    @staticmethod
+    def _add(scope: Scope, row: Index, below: Index | int, value: Real) -> None:
+        """S(row, row − below) += value, below ≥ 0."""
+        band = scope.array("band")
+        place = row * scope.stride + below
+        band[place] = band[place] + value
+
+    def _add_either(self, scope: Scope, one: Index, other: Index, value: Real) -> None:
+        """S(one, other) += value, whichever is the row of the lower triangle."""
+        w = scope.writer
+        row = w.where(one < other, other, one)
+        self._add(scope, row, row + row - one - other, value)
+
+    def _overlap(self, scope: Scope, i: Index, j: Index, value: Real) -> None:
+        """What T_ij = T_ji, i < j, adds to the block of F; `value` is −2η T_ij."""
+        w = scope.writer
+        distance = (j - i) * 2
+        self._add(scope, j * 2, distance, value)
+        self._add(scope, j * 2, distance + 2, -value)
+        self._add(scope, j * 2 - 2, distance, value)
+        twice = w.where((j - i).equals(1), w.number(-2.0), w.number(-1.0))
+        self._add(scope, j * 2 - 2, distance - 2, value * twice)
+
+    def _response(self, scope: Scope, j: Index, i: Index, value: Real) -> None:
+        """What the coefficient of a_i in E_j adds to the block of (F, u); `value` is −2a_j q_ji."""
+        self._add_either(scope, i * 2, j * 2 - 1, value)
+        self._add_either(scope, i * 2 - 2, j * 2 - 1, -value)
+
+    def _attraction(self, scope: Scope, i: Index, j: Index, value: Real) -> None:
+        """What κ_ij, i < j, adds to the block of u; `value` is 2a_i a_j κ_ij/η."""
+        self._add(scope, j * 2 - 1, (j - i) * 2, value)
+        self._add(scope, i * 2 - 1, 0, -value)
+        self._add(scope, j * 2 - 1, 0, -value)
+
+    def _edge_hessian(self) -> Writer:
+        w, scope = self._function("edge_hessian", (ADDRESS,))
+        y = w.vectors(w.arguments[1])
+        m = scope.m
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        left, right, weight = scope.array("left"), scope.array("right_end"), scope.array("weight")
+        low = w.variable(y[0] - scope.shared("first"))  # f − f* at 0
+        high = w.variable(y[m * 2] - scope.shared("last"))  # and at 1
+        with w.range(1, m + 1) as j:
+            low.set(low.get() + weight[j] * step(w, left[j]))
+            high.set(high.get() - weight[j] * step(w, right[j]))
+        with w.range(1, m + 1) as j:
+            a = weight[j]
+            p, q = left[j], right[j]
+            for side, sign in ((left, 1.0), (right, -1.0)):
+                own = side[j]
+                with w.when(w.any(own > -0.5)):
+                    share = step(w, own)
+                    if sign > 0:
+                        beyond = ramp(w, p) * eta
+                        # T_0j; the bias has no neighbour on its left
+                        self._add(scope, j * 2, j * 2, beyond * -2.0)
+                        twice = w.where(j.equals(1), w.number(4.0), w.number(2.0))
+                        self._add(scope, j * 2 - 2, j * 2 - 2, beyond * twice)
+                        self._add(scope, j * 2 - 1, j * 2 - 1, (a * share) * 2.0)
+                        self._add(scope, j * 2 - 1, 0, (a * low.get()) * (bump(w, p) * per_eta) * -2.0)
+                    else:
+                        self._add_either(scope, m * 2, j * 2 - 1, (a * share) * 2.0)
+                        self._add(scope, j * 2 - 1, 0, (a * high.get()) * (bump(w, q) * per_eta) * 2.0)
+                        # −R_j in T_jk for all k ≥ j
+                        beyond = ramp(w, q) * eta
+                        self._self_overlap(scope, j, beyond * 2.0)
+                        with w.range(j + 1, m + 1) as k:
+                            self._overlap(scope, j, k, beyond * 2.0)
+                    mean = self._cut_of(w, "cut_mean", own, own)
+                    self._self_overlap(scope, j, (mean * eta) * -2.0)
+                    tail = self._cut_of(w, "cut_cdf", own, own)
+                    self._response(scope, j, j, (a * tail) * (2.0 * sign))
+                    with w.range(j + 1, m + 1) as k:
+                        with w.when(w.any(side[k] > -0.5)):
+                            mean = self._cut_of(w, "cut_mean", own, side[k])
+                            self._overlap(scope, j, k, (mean * eta) * -2.0)
+                            for one, other in ((j, k), (k, j)):
+                                tail = self._cut_of(w, "cut_cdf", side[one], side[other])
+                                value = (weight[one] * tail) * (2.0 * sign)
+                                self._response(scope, one, other, value)
+                            density = self._cut_of(w, "cut_density", own, side[k])
+                            value = (a * weight[k]) * (density * per_eta)
+                            self._attraction(scope, j, k, value * -2.0)
+        w.give()
+        return w
+
+    def _self_overlap(self, scope: Scope, i: Index, value: Real) -> None:
+        """What T_ii adds to the block of F; `value` is −2η T_ii."""
+        self._add(scope, i * 2, 0, value)
+        self._add(scope, i * 2, 2, -value)
+        self._add(scope, i * 2 - 2, 0, value)
+
+    def _hessian(self) -> Writer:
+        """hessian(table, y, K): S at y, after `gradient` there."""
+        w, scope = self._function("hessian", (ADDRESS, WHOLE))
+        y, bound = w.vectors(w.arguments[1]), w.index(w.arguments[2])
+        m, jumps, stride = scope.m, scope.size("jumps"), scope.stride
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        names = ("place", "edge", "misfit", "weight", "band")
+        place, edge, misfit, weight, band = map(scope.array, names)
+        jump, height = scope.array("jump"), scope.array("height")
+        lane = scope.array("lane")
+        rate = 1.0 / (lane[STEP_SIZE] * GAMMA)
+        inertia = w.maximum(lane[EPSILON] * rate, scope.shared("shift"))
+        with w.range(0, scope.rows) as row:
+            with w.range(0, bound * 2 + 3) as below:
+                band[row * stride + below] = 0.0
+        own = eta * (-2.0 * _step.NEAR_MEAN[0])
+        with w.range(0, m + 1) as k:
+            band[k * 2 * stride] = (edge[k + 1] - edge[k]) * 2.0 + inertia * 2.0
+        band[m * 2 * stride] = band[m * 2 * stride] - inertia
+        crossing = w.variable(w.real(0.0) > 1.0)
+        with w.range(1, m + 1) as j:
+            a, error, u = weight[j], misfit[j], place[j]
+            crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
+            self._add(scope, j * 2, 2, -inertia)
+            self._self_overlap(scope, j, own)
+            self._add(scope, j * 2, 1, error * -2.0 - a)
+            self._add(scope, j * 2 - 1, 1, error * 2.0 - a)
+            slope = w.variable(w.real(0.0))
+            with w.range(0, jumps) as k:
+                t = 0.5 - w.abs((u - jump[k]) * per_eta)
+                with w.when(w.any(t > 0.0)):
+                    t = w.maximum(t, 0.0)
+                    slope.set(slope.get() + height[k] * (t * t))
+            curvature = (a * slope.get()) * (per_eta * 24.0)
+            self._add(scope, j * 2 - 1, 0, curvature + rate)
+        with w.range(1, m) as i:
+            a, u = weight[i], place[i]
+            with w.range(i + 1, self._least(w, i + bound, m) + 1) as j:
+                r = (place[j] - u) * per_eta
+                with w.when(w.any(r < 1.0)):
+                    overlap, tail, density = pair(w, r, density=True)
+                    other = weight[j]
+                    self._overlap(scope, i, j, (eta * overlap) * -2.0)
+                    self._response(scope, i, j, (a * tail) * -2.0)
+                    self._response(scope, j, i, (other * tail) * 2.0)
+                    self._attraction(scope, i, j, (a * other) * (density * per_eta) * 2.0)
+        with w.when(w.any(crossing.get())):
+            w.call(self.edge_hessian, w.arguments[0], w.arguments[1])
+        w.give()
+        return w
+
+    # --- banded LDLᵀ ---
+
+    def _factor(self) -> Writer:
+        """factor(table, K): L and 1/D in place of S."""
+        w, scope = self._function("factor", (WHOLE,))
+        bound = w.index(w.arguments[1])
+        width, stride, rows = bound * 2 + 2, scope.stride, scope.rows
+        band, inverse = scope.array("band"), scope.array("inverse")
+        with w.range(0, rows) as k:
+            d = 1.0 / band[k * stride]
+            inverse[k] = d
+            end = self._least(w, width, rows - 1 - k)
+            with w.range(1, end + 1) as i:
+                row = (k + i) * stride
+                value = band[row + i]
+                with w.when(w.any(~value.equals(0.0))):
+                    ratio = value * d
+                    with w.range(1, i) as j:
+                        place = row + i - j
+                        band[place] = band[place] - ratio * band[(k + j) * stride + j]
+                    band[row] = band[row] - ratio * value
+        with w.range(0, rows) as k:
+            d = inverse[k]
+            end = self._least(w, width, rows - 1 - k)
+            with w.range(1, end + 1) as i:
+                place = (k + i) * stride + i
+                band[place] = band[place] * d
+        w.give()
+        return w
+
+    def _solve(self) -> Writer:
+        """solve(table, x, K): x ← S⁻¹ x."""
+        w, scope = self._function("solve", (ADDRESS, WHOLE))
+        x, bound = w.vectors(w.arguments[1]), w.index(w.arguments[2])
+        width, stride, rows = bound * 2 + 2, scope.stride, scope.rows
+        band, inverse = scope.array("band"), scope.array("inverse")
+        with w.range(1, rows) as i:
+            total = w.variable(x[i])
+            with w.range(self._least(w, width, i), 0, -1) as below:
+                total.set(total.get() - band[i * stride + below] * x[i - below])
+            x[i] = total.get()
+        with w.range(0, rows) as i:
+            x[i] = x[i] * inverse[i]
+        with w.range(rows - 2, -1, -1) as i:
+            total = w.variable(x[i])
+            with w.range(self._least(w, width, rows - 1 - i), 0, -1) as above:
+                row = i + above
+                total.set(total.get() - band[row * stride + above] * x[row])
+            x[i] = total.get()
+        w.give()
+        return w
+
+    # --- one step ---
+
+    def _project(self) -> Writer:
+        """project(table, y, K): F ← F*(u), the plateau values of least loss; widens K as needed."""
+        w, scope = self._function("project", (ADDRESS, WHOLE), WHOLE)
+        y, bound = w.vectors(w.arguments[1]), w.variable(w.index(w.arguments[2]))
+        right, band = scope.array("right"), scope.array("band")
+        rows, stride = scope.rows, scope.stride
+        done = w.variable(w.index(0))
+        with w.repeat() as turn:
+            narrow = self._gradient_of(w, y, right, bound.get())
+            bound.set(w.where(narrow, bound.get() + 1, bound.get()))
+            turn.again_if(narrow)
+            turn.stop_if(done.get() > 3)
+            with w.when(done.get().equals(0)):
+                w.call(self.hessian, w.arguments[0], y.base, bound.get())
+                with w.range(0, rows) as row:
+                    with w.range(0, bound.get() * 2 + 3) as below:
+                        # positions stay: no coupling with them
+                        odd = self._odd(w, row) | self._odd(w, row - below)
+                        kept = w.where(odd, w.number(0.0), w.number(1.0))
+                        place = row * stride + below
+                        band[place] = band[place] * kept
+                    with w.when(self._odd(w, row)):
+                        band[row * stride] = 1.0
+                w.call(self.factor, w.arguments[0], bound.get())
+            with w.range(1, rows, 2) as row:
+                right[row] = 0.0
+            w.call(self.solve, w.arguments[0], right.base, bound.get())
+            with w.range(0, rows, 2) as row:
+                y[row] = y[row] + right[row]
+            done.set(done.get() + 1)
+        w.give(bound.get())
+        return w
+
+    @staticmethod
+    def _odd(w: Writer, value: Index) -> Mask:
+        one = ir.Constant(WHOLE, 1)
+        bit = w.builder.and_(value.ir, one)
+        return Mask(w, w.builder.icmp_signed("==", bit, one))
+
+    def _gradient_of(self, w: Writer, y: Array, g: Array, bound: Index) -> Mask:
+        return Mask(w, w.call(self.gradient, w.arguments[0], y.base, g.base, bound))
+
+    def _band(self) -> Writer:
+        """band(table): the number K of neighbours that overlap in some lane, at least 1.
+
+        The number of each lane is left in `lane[OVERLAPS]`.
+        """
+        w, scope = self._function("band_of", (), WHOLE)
+        y, lane = scope.array("state"), scope.array("lane")
+        m, eta = scope.m, scope.shared("eta")
+        low, high = eta * -0.5, 1.0 + eta * 0.5
+        count = w.variable(w.index(0))
+        lane[OVERLAPS] = 0.0
+
+        def place(j: Index) -> Real:
+            return w.minimum(w.maximum(y[j * 2 - 1], low), high)
+
+        with w.repeat() as turn:
+            further = count.get() + 1
+            found = w.variable(w.real(0.0) > 1.0)
+            with w.range(1, m - further + 1) as i:
+                close = place(i + further) - place(i) < eta * OVERLAP
+                found.set(found.get() | close)
+            turn.stop_if(~w.any(found.get()))
+            count.set(further)
+            lane[OVERLAPS] = w.where(found.get(), w.to_real(further), lane[OVERLAPS])
+        w.give(w.where(count.get() < 1, w.index(1), count.get()))
+        return w
+
+    def _attempt(self) -> Writer:
+        """attempt(table, K): k_i and y at the end of a step; the K that was wide enough."""
+        w, scope = self._function("attempt", (WHOLE,), WHOLE)
+        bound = w.variable(w.index(w.arguments[1]))
+        names = ("state", "next", "stage", "right", "slope", "stages", "lane")
+        state, following, stage, right, slope, stages, lane = map(scope.array, names)
+        rows, m = scope.rows, scope.m
+        with w.repeat() as turn:
+
+            def widen_if(narrow: Mask) -> None:
+                bound.set(w.where(narrow, bound.get() + 1, bound.get()))
+                turn.again_if(narrow)
+
+            widen_if(self._gradient_of(w, state, slope, bound.get()))
+            w.call(self.hessian, w.arguments[0], state.base, bound.get())
+            w.call(self.factor, w.arguments[0], bound.get())
+            epsilon, per_step = lane[EPSILON], 1.0 / lane[STEP_SIZE]
+            k = [stages.offset(rows * i) for i in range(STAGES)]
+            for i in range(STAGES):
+                now = k[i]
+                if i == 0:
+                    with w.range(0, rows) as row:
+                        now[row] = slope[row]
+                else:
+                    # the last two stages differ from the one before by its k alone
+                    ahead = i >= 6
+                    with w.range(0, rows) as row:
+                        if ahead:
+                            stage[row] = stage[row] + k[i - 1][row]
+                        else:
+                            moved = state[row]
+                            for j in range(i):
+                                if A[i, j]:
+                                    moved = moved + k[j][row] * float(A[i, j])
+                            stage[row] = moved
+                    widen_if(self._gradient_of(w, stage, now, bound.get()))
+                    with w.range(0, rows) as row:
+                        mixed = k[0][row] * float(C[i, 0])
+                        for j in range(1, i):
+                            mixed = mixed + k[j][row] * float(C[i, j])
+                        right[row] = Real(w, mixed.ir) * per_step
+                    # M: the second difference on F
+                    fast = Real(w, epsilon.ir)
+                    now[0] = now[0] + fast * (right[0] * 2.0 - right[2])
+                    with w.range(1, m) as row:
+                        middle = row * 2
+                        bent = right[middle] * 2.0 - right[middle - 2] - right[middle + 2]
+                        now[middle] = now[middle] + fast * bent
+                    now[m * 2] = now[m * 2] + fast * (right[m * 2] - right[m * 2 - 2])
+                    with w.range(1, rows, 2) as row:
+                        now[row] = now[row] + right[row]
+                w.call(self.solve, w.arguments[0], now.base, bound.get())
+            with w.range(0, rows) as row:
+                following[row] = stage[row] + k[STAGES - 1][row]
+            turn.stop_if(w.true)
+        w.give(bound.get())
+        return w
+
+    def _densify(self) -> Writer:
+        """densify(table): the coefficients of the dense output."""
+        w, scope = self._function("densify")
+        stages, dense, rows = scope.array("stages"), scope.array("dense"), scope.rows
+        k = [stages.offset(rows * i) for i in range(STAGES)]
+        with w.range(0, rows) as row:
+            loaded = [k[j][row] for j in range(STAGES)]
+            for i in range(len(H)):
+                total = loaded[0] * float(H[i, 0])
+                for j in range(1, STAGES):
+                    total = total + loaded[j] * float(H[i, j])
+                dense[rows * i + row] = total
+        w.give()
+        return w
+
+    # --- lanes ---
+
+    def _column(self, scope: Scope, name: str, row: Index | int, lane: Index) -> tuple[Array, Index]:
+        """Where one lane's number of a vector is."""
+        row = scope.writer.index(row) if isinstance(row, int) else row
+        return scope.array(name).numbers(), row * self.lanes + lane
+
+    def _get(self, scope: Scope, name: str, row: Index | int, lane: Index) -> Real:
+        numbers, place = self._column(scope, name, row, lane)
+        return numbers[place]
+
+    def _put(self, scope: Scope, name: str, row: Index | int, lane: Index, value: Any) -> None:
+        numbers, place = self._column(scope, name, row, lane)
+        numbers[place] = value
+
+    def _record(self) -> Writer:
+        """record(table, lane, θ): the state of a lane at a share θ of its step."""
+        w, scope = self._function("record", (WHOLE, ir.DoubleType()))
+        lane, theta = w.index(w.arguments[1]), Real(w, w.arguments[2])
+        start, records = scope.array("start")[lane], scope.array("record")
+        target = start * scope.size("times") + records[lane]
+        out = scope.array("record_state").offset(target * scope.rows)
+        order = scope.array("record_order").offset(target * scope.m)
+        rows, rest = scope.rows, 1.0 - theta
+        with w.range(0, rows) as row:
+            y0, y1 = (self._get(scope, name, row, lane) for name in ("state", "next"))
+            d0, d1, d2 = (self._get(scope, "dense", rows * i + row, lane) for i in range(3))
+            bend = d0 + theta * (d1 + theta * d2)
+            out[row] = rest * y0 + theta * (y1 + rest * bend)
+        with w.range(0, scope.m) as j:
+            order[j] = self._get(scope, "order", j + 1, lane)
+        records[lane] = records[lane] + 1
+        w.give()
+        return w
+
+    def _refill(self) -> Writer:
+        """refill(table, lane): take the next start from the queue, or come to rest."""
+        w, scope = self._function("refill", (WHOLE,))
+        lane = w.index(w.arguments[1])
+        start = w.take_next(scope.array("queue"))
+        starts, rows, m = scope.size("starts"), scope.rows, scope.m
+        self._put(scope, "lane", LIVE, lane, 0.0)
+        self._put(scope, "lane", TIME, lane, 0.0)
+        with w.when(start < starts):
+            self._put(scope, "lane", LIVE, lane, 1.0)
+            epsilon = scope.array("start_epsilon")[start]
+            self._put(scope, "lane", EPSILON, lane, epsilon)
+            longest = scope.number("first_step")
+            first = w.where(epsilon > 0.0, w.minimum(epsilon * 0.05, longest), longest)
+            self._put(scope, "lane", STEP_SIZE, lane, first)
+            for name in ("record", "steps", "accepts", "widest"):
+                scope.array(name)[lane] = w.index(0)
+            scope.array("start")[lane] = start
+            given = scope.array("start_state").offset(start * rows)
+            with w.range(0, rows) as row:
+                self._put(scope, "state", row, lane, given[row])
+                self._put(scope, "next", row, lane, given[row])
+                for i in range(3):
+                    self._put(scope, "dense", rows * i + row, lane, 0.0)
+            order = scope.array("start_order").offset(start * m)
+            with w.range(0, m) as j:
+                self._put(scope, "order", j + 1, lane, order[j])
+            with w.when(scope.array("tau")[0] <= 0.0):
+                w.call(self.record, w.arguments[0], lane, w.number(0.0))
+        w.give()
+        return w
+
+    def _error(self, w: Writer, scope: Scope) -> None:
+        """The scaled error of the step, and what follows for its size."""
+        state, following, lane = map(scope.array, ("state", "next", "lane"))
+        m, rows = scope.m, scope.rows
+        error = scope.array("stages").offset(rows * (STAGES - 1))
+        rtol, atol = scope.shared("rtol"), scope.shared("atol")
+        squares, largest, sizes = (w.variable(w.real(0.0)) for _ in range(3))
+
+        def scaled(error: Real, before: Real, after: Real) -> Real:
+            return error / (atol + rtol * w.maximum(w.abs(before), w.abs(after)))
+
+        first = scaled(error[0], state[0], following[0])
+        squares.set(first * first)
+        with w.range(1, m + 1) as j:
+            now, last = j * 2, j * 2 - 2
+            fast = (values[now] - values[last] for values in (error, state, following))
+            size = scaled(*fast)
+            squares.set(squares.get() + size * size)
+            position = j * 2 - 1
+            size = w.abs(scaled(error[position], state[position], following[position]))
+            largest.set(w.maximum(size, largest.get()))
+            sizes.set(sizes.get() + size)
+        count = w.splat(w.to_real(m + 1))
+        mean = w.sqrt(squares.get() / count) * scope.shared("fast_share")
+        total = w.maximum(mean, largest.get() * scope.shared("per_scale"))
+        gap = (squares.get() - squares.get()) + (sizes.get() - sizes.get())
+        finite = gap.equals(0.0)
+        good = finite & (total < 1.0)
+        factor = w.power(total, -0.2) * 0.9
+        factor = w.minimum(w.maximum(factor, 0.2), 10.0)
+        factor = w.where(good, factor, w.minimum(factor, 1.0))
+        lane[FACTOR] = w.where(finite, factor, 0.2)
+        lane[LOST] = w.where(finite, w.real(0.0), 1.0)
+        lane[ACCEPTED] = w.where(good, w.real(1.0), 0.0)
+
+    def _sort(self, w: Writer, scope: Scope) -> None:
+        """Put the neurons of every lane in order again."""
+        state, order, m = scope.array("state"), scope.array("order"), scope.m
+        with w.repeat() as turn:
+            moved = w.variable(w.real(0.0) > 1.0)
+            with w.range(1, m) as k:
+                left, right = state[k * 2 - 1], state[k * 2 + 1]
+                swap = right < left
+                with w.when(w.any(swap)):
+                    moved.set(moved.get() | swap)
+                    state[k * 2 - 1] = w.where(swap, right, left)
+                    state[k * 2 + 1] = w.where(swap, left, right)
+                    own = state[k * 2]
+                    other = state[k * 2 - 2] + state[k * 2 + 2] - own
+                    state[k * 2] = w.where(swap, other, own)
+                    first, second = order[k], order[k + 1]
+                    order[k] = w.where(swap, second, first)
+                    order[k + 1] = w.where(swap, first, second)
+            turn.stop_if(~w.any(moved.get()))
+
+    def _advance(self) -> Writer:
+        """advance(table): solve starts from the queue until it is empty."""
+        w, scope = self._function("advance")
+        table = w.arguments[0]
+        state, following, lane = map(scope.array, ("state", "next", "lane"))
+        steps, accepts, widest = map(scope.array, ("steps", "accepts", "widest"))
+        records, tau, times = scope.array("record"), scope.array("tau"), scope.size("times")
+        end = scope.shared("end")
+        lane[STEP_SIZE] = 1.0
+        lane[EPSILON] = 1.0
+        with w.range(0, self.lanes) as each:
+            w.call(self.refill, table, each)
+        with w.repeat() as turn:
+            live = lane[LIVE] > 0.5
+            turn.stop_if(~w.any(live))
+            size, time = lane[STEP_SIZE], lane[TIME]
+            left = end - time
+            lane[STEP_LEFT] = size
+            closing = size * 1.0001 > left
+            lane[STEP_SIZE] = w.where(closing & live, left, size)
+            lane[NEXT_TIME] = w.where(closing, end, time + size)
+            bound = w.index(w.call(self.attempt, table, w.index(w.call(self.band, table))))
+            del bound
+            self._error(w, scope)
+            due = w.variable(w.index(0))
+            with w.range(0, self.lanes) as each:
+                live_here = self._get(scope, "lane", LIVE, each) > 0.5
+                with w.when(live_here):
+                    steps[each] = steps[each] + 1
+                    need = w.to_index(self._get(scope, "lane", OVERLAPS, each))
+                    widest[each] = w.where(widest[each] < need, need, widest[each])
+                accepted = self._get(scope, "lane", ACCEPTED, each) > 0.5
+                with w.when(live_here & accepted):
+                    accepts[each] = accepts[each] + 1
+                    with w.when(tau[records[each]] <= self._get(scope, "lane", NEXT_TIME, each)):
+                        due.set(w.index(1))
+            with w.when(due.get() > 0):
+                w.call(self.densify, table)
+                with w.range(0, self.lanes) as each:
+                    accepted = self._get(scope, "lane", ACCEPTED, each) > 0.5
+                    live_here = self._get(scope, "lane", LIVE, each) > 0.5
+                    with w.when(live_here & accepted):
+                        time_here, size_here, next_here = (
+                            self._get(scope, "lane", row, each)
+                            for row in (TIME, STEP_SIZE, NEXT_TIME)
+                        )
+                        with w.repeat() as again:
+                            # the place behind the last recorded time holds infinity
+                            at = tau[records[each]]
+                            again.stop_if(at > next_here)
+                            theta = w.where(
+                                at.equals(next_here), w.number(1.0), (at - time_here) / size_here
+                            )
+                            w.call(self.record, table, each, theta)
+            accepted = (lane[ACCEPTED] > 0.5) & (lane[LIVE] > 0.5)
+            with w.range(0, scope.rows) as row:
+                state[row] = w.where(accepted, following[row], state[row])
+            self._sort(w, scope)
+            lane[TIME] = w.where(accepted, lane[NEXT_TIME], lane[TIME])
+            lane[STEP_SIZE] = lane[STEP_SIZE] * lane[FACTOR]
+            with w.range(0, self.lanes) as each:
+                with w.when(self._get(scope, "lane", LIVE, each) > 0.5):
+                    self._close(w, scope, each)
+        w.give()
+        return w
+
+    def _close(self, w: Writer, scope: Scope, each: Index) -> None:
+        """If a lane has come to an end, write how and take the next start."""
+        at = self._get(scope, "lane", TIME, each)
+        steps, start = scope.array("steps")[each], scope.array("start")[each]
+        small = self._get(scope, "lane", STEP_SIZE, each) < scope.number("least_step")
+        rejected = self._get(scope, "lane", ACCEPTED, each) < 0.5
+        lost = self._get(scope, "lane", LOST, each) > 0.5
+        # the codes of `Status`
+        status = w.where(steps >= scope.size("max_steps"), w.index(1), w.index(0))
+        stuck = w.where(lost, w.index(3), w.index(2))
+        status = w.where(small & rejected, stuck, status)
+        finished = at >= scope.number("end")
+        status = w.where(finished, w.index(0), status)
+        with w.when(finished | (status > 0)):
+            scope.array("status")[start] = status
+            scope.array("step_count")[start] = steps
+            scope.array("accept_count")[start] = scope.array("accepts")[each]
+            scope.array("bandwidth")[start] = scope.array("widest")[each]
+            scope.array("reached")[start] = at
+            w.call(self.refill, w.arguments[0], each)
+
+    # --- before and after ---
+
+    def _gather(self, w: Writer, scope: Scope, first: Index, last: Index, source: str, order: str):
+        """Load states `first`, `first + 1`, … before `last` into the lanes; spare lanes repeat it."""
+        lane = scope.array("lane")
+        lane[STEP_SIZE] = 1.0
+        lane[EPSILON] = 0.0
+        with w.range(0, self.lanes) as each:
+            wanted = first + each
+            which = w.where(wanted < last, wanted, last - 1)
+            given = scope.array(source).offset(which * scope.rows)
+            with w.range(0, scope.rows) as row:
+                self._put(scope, "state", row, each, given[row])
+            given = scope.array(order).offset(which * scope.m)
+            with w.range(0, scope.m) as j:
+                self._put(scope, "order", j + 1, each, given[j])
+
+    def _settle(self) -> Writer:
+        """settle(table, first, last): starts onto the critical manifold."""
+        w, scope = self._function("settle", (WHOLE, WHOLE))
+        first, last = (w.index(argument) for argument in w.arguments[1:])
+        state = scope.array("state")
+        with w.range(first, last, self.lanes) as group:
+            self._gather(w, scope, group, last, "start_state", "start_order")
+            w.call(self.project, w.arguments[0], state.base, w.index(1))
+            with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
+                out = scope.array("start_state").offset((group + each) * scope.rows)
+                with w.range(0, scope.rows) as row:
+                    out[row] = self._get(scope, "state", row, each)
+        w.give()
+        return w
+
+    def _finish(self) -> Writer:
+        """finish(table, first, last): weights, positions and losses of records."""
+        w, scope = self._function("finish", (WHOLE, WHOLE))
+        first, last = (w.index(argument) for argument in w.arguments[1:])
+        state, right, area, m = scope.array("state"), scope.array("right"), scope.array("area"), scope.m
+        losses, fast, slow = map(scope.array, ("loss", "fast", "slow"))
+        with w.range(first, last, self.lanes) as group:
+            self._gather(w, scope, group, last, "record_state", "record_order")
+            bound = w.variable(w.index(1))
+            with w.when(scope.size("reduced") > 0):
+                settled = w.call(self.project, w.arguments[0], state.base, bound.get())
+                bound.set(w.index(settled))
+            with w.repeat() as turn:
+                narrow = self._gradient_of(w, state, right, bound.get())
+                bound.set(bound.get() + 1)
+                turn.stop_if(~narrow)
+            loss = w.variable(scope.shared("square"))
+            with w.range(0, m + 1) as k:
+                mean = area[k + 1] - area[k]
+                loss.set(loss.get() - state[k * 2] * (right[k * 2] * 0.5 + mean))
+            right[0] = loss.get()
+            with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
+                which = group + each
+                losses[which] = self._get(scope, "right", 0, each)
+                weights = fast.offset(which * (m + 1))
+                weights[0] = self._get(scope, "state", 0, each)
+                positions = slow.offset(which * m)
+                with w.range(1, m + 1) as j:
+                    neuron = w.to_index(self._get(scope, "order", j, each))
+                    level, before = (
+                        self._get(scope, "state", row, each) for row in (j * 2, j * 2 - 2)
+                    )
+                    weights[neuron + 1] = level - before
+                    positions[neuron] = self._get(scope, "state", j * 2 - 1, each)
+        w.give()
+        return w
