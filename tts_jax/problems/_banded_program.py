@@ -32,6 +32,8 @@ from tts_jax.problems import _step
 
 STAGES = len(A)
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
+FARTHEST = 0.25  # a step in which a neuron moves farther than this is tried again with a smaller size
+TOO_WIDE = 100  # status of a start with more overlapping neighbours than the band has room for
 
 # Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
 VECTORS = {
@@ -42,7 +44,7 @@ VECTORS = {
     "slope": "n",  # −∇L at the start of the step
     "stages": f"{STAGES} * n",  # k_i
     "dense": "3 * n",
-    "band": "n * b",  # row i: S(i, i), S(i, i−1), …; then L
+    "band": "(n + b) * b",  # row i: S(i, i), S(i, i−1), …; then L; zeros after the last
     "inverse": "n",  # 1/D
     "weight": "m + 2",  # a
     "place": "m + 2",  # u, no farther out than half a width
@@ -54,25 +56,39 @@ VECTORS = {
     "left": "m + 2",  # −u/η
     "right_end": "m + 2",  # (u − 1)/η
     "order": "m + 2",  # which neuron of the caller this is
+    # of the jump that counts for a neuron: its place, its size, f* before it, ∫f* up to it, and
+    # between which positions no other jump counts
+    "near": "m + 2",
+    "size": "m + 2",
+    "before": "m + 2",
+    "filled": "m + 2",
+    "low_end": "m + 2",
+    "high_end": "m + 2",
     "lane": "16",
 }
 # Vectors in `lane`.
-TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, STEP_LEFT = range(10)
+TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, NARROW, WILD = range(11)
 # Arrays of indices or numbers of one lane each, or shared.
 LANE_INDICES = ("start", "record", "steps", "accepts", "widest")
 NUMBERS = (
     *("eta", "per_eta", "rtol", "atol", "end", "first", "last", "total", "square", "shift"),
     *("per_scale", "fast_share", "least_step", "first_step"),
 )
-SIZES = ("neurons", "jumps", "times", "starts", "max_steps", "stride", "reduced")
+SIZES = ("neurons", "jumps", "times", "starts", "max_steps", "reduced", "apart", "widest_band")
 SHARED = (
-    *("numbers", "sizes", "jump", "height", "queue", "tau"),
+    *("numbers", "sizes", "queue", "tau"),
+    *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
     *("start_state", "start_order", "start_epsilon"),
     *("record_state", "record_order", "loss", "fast", "slow"),
     *("status", "step_count", "accept_count", "bandwidth", "reached"),
 )
 SLOTS = {
     name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))
+}
+# What is known of the jump that counts for a neuron, and the array of all jumps it is from.
+_OF_NEURON = {
+    **{"near": "jump", "size": "height", "before": "jump_before", "filled": "jump_filled"},
+    **{"low_end": "jump_low", "high_end": "jump_high"},
 }
 OF_INDICES = {"sizes", "queue", "status", "step_count", "accept_count", "bandwidth", *LANE_INDICES}
 
@@ -86,7 +102,11 @@ class Scope:
         self._sizes = self.array("sizes")
         self.m = self.size("neurons")
         self.rows = self.m * 2 + 1
-        self.stride = self.size("stride")
+
+    @property
+    def stride(self) -> Index:
+        """Vectors per row of the band; the function's last argument must be K."""
+        return self.writer.index(self.writer.arguments[-1]) * 2 + 3
 
     def array(self, name: str) -> Array:
         w = self.writer
@@ -164,6 +184,7 @@ class Program:
                 ("cut_density", bump, bump),
             )
         }
+        self.locate = self._locate()
         self.edges = self._edges()
         self.gradient = self._gradient()
         self.edge_hessian = self._edge_hessian()
@@ -211,6 +232,44 @@ class Program:
     def _cut_of(self, w: Writer, name: str, p: Real, q: Real) -> Real:
         return Real(w, w.call(self.cuts[name], p, q))
 
+    @staticmethod
+    def _own_cut(w: Writer, p: Real) -> tuple[Real, Real]:
+        """∫_{t<0} σ(t + p)² dt and ∫_{t<0} σ(t + p) σ′(t + p) dt = σ(p)²/2."""
+        t = w.maximum(0.5 - w.abs(p), 0.0)
+        square = t * t
+        fourth = square * square
+        seventh = (fourth * square) * t * (16 / 7)
+        whole = p - 0.125 + fourth * 2.0 + (1 / 28 - seventh)
+        share = step(w, p)
+        return w.where(p > 0.0, whole, seventh), (share * share) * 0.5
+
+    def _locate(self) -> Writer:
+        """locate(table, j): find the jump that counts for neuron j, where it is not known."""
+        w, scope = self._function("locate", (WHOLE,))
+        j = w.index(w.arguments[1])
+        u = scope.array("place")[j]
+        own = {name: scope.array(name) for name in _OF_NEURON}
+        lost = (u < own["low_end"][j]) | (u > own["high_end"][j])
+        found = {name: w.variable(own[name][j]) for name in _OF_NEURON}
+        best = w.variable(w.real(float("inf")))
+        jumps = {name: scope.array(source) for name, source in _OF_NEURON.items()}
+        with w.range(0, scope.size("jumps")) as k:
+            distance = w.abs(u - jumps["near"][k])
+            closer = distance < best.get()
+            best.set(w.where(closer, distance, best.get()))
+            for name, place in found.items():
+                place.set(w.where(closer & lost, w.splat(jumps[name][k]), place.get()))
+        for name, place in found.items():
+            own[name][j] = place.get()
+        w.give()
+        return w
+
+    def _forget(self, w: Writer, scope: Scope) -> None:
+        """Have every neuron look for its jump anew, so that no result depends on the past."""
+        low_end = scope.array("low_end")
+        with w.range(1, scope.m + 1) as j:
+            low_end[j] = float("inf")
+
     def _edges(self) -> Writer:
         """Corrections of `gradient` for transitions that cross an end of [0, 1]."""
         w, scope = self._function("edges", (ADDRESS,))
@@ -233,8 +292,11 @@ class Program:
                 pull[j] = pull[j] + y[0] * beyond
                 area[j] = area[j] + first * (eta * beyond)
                 misfit[j] = misfit[j] - (y[0] - first) * share
+                mean, tail = self._own_cut(w, p)
+                pull[j] = pull[j] + weight[j] * mean
+                misfit[j] = misfit[j] - weight[j] * tail
                 with w.range(1, m + 1) as i:
-                    with w.when(w.any(left[i] > -0.5)):
+                    with w.when(w.any(left[i] > -0.5) & ~i.equals(j)):
                         a = weight[i]
                         pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", left[i], p)
                         misfit[j] = misfit[j] - a * self._cut_of(w, "cut_cdf", p, left[i])
@@ -244,8 +306,11 @@ class Program:
                 area[j] = area[j] - last * (eta * beyond)
                 misfit[j] = misfit[j] - (top - last) * share
                 pull[j] = pull[j] - beyond * (top - y[j * 2 - 2])
+                mean, tail = self._own_cut(w, q)
+                pull[j] = pull[j] + weight[j] * mean
+                misfit[j] = misfit[j] + weight[j] * tail
                 with w.range(1, m + 1) as i:
-                    with w.when(w.any(right[i] > -0.5)):
+                    with w.when(w.any(right[i] > -0.5) & ~i.equals(j)):
                         a = weight[i]
                         pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", right[i], q)
                         misfit[j] = misfit[j] + a * self._cut_of(w, "cut_cdf", q, right[i])
@@ -256,16 +321,49 @@ class Program:
 
     # --- gradient ---
 
+    def _levels_apart(self, w: Writer, scope: Scope) -> None:
+        """The smoothed target at every neuron, where jumps are farther apart than η."""
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        near, size, before, filled, low_end, high_end = map(scope.array, _OF_NEURON)
+        place, area, level = map(scope.array, ("place", "area", "level"))
+        with w.range(1, scope.m + 1) as j:
+            u = place[j]
+            with w.when(w.any((u < low_end[j]) | (u > high_end[j]))):
+                w.call(self.locate, w.arguments[0], j)
+            beyond, tall = u - near[j], size[j]
+            t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
+            cube = (t * t) * t
+            spread = w.maximum(beyond, 0.0) + (eta * t) * cube
+            area[j] = filled[j] + before[j] * beyond + tall * spread
+            tail = tall * (cube * 4.0)
+            level[j] = before[j] + w.where(beyond > 0.0, tall - tail, tail)
+
+    def _levels(self, w: Writer, scope: Scope) -> None:
+        """The same by a sum over all jumps."""
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        place, area, level = map(scope.array, ("place", "area", "level"))
+        jump, height = scope.array("jump"), scope.array("height")
+        with w.range(1, scope.m + 1) as j:
+            u = place[j]
+            base = w.variable(scope.shared("first") * u)
+            mean = w.variable(scope.shared("first"))
+            with w.range(0, scope.size("jumps")) as k:
+                z = (u - jump[k]) * per_eta
+                tall = w.splat(height[k])
+                base.set(base.get() + tall * (eta * ramp(w, z)))
+                mean.set(mean.get() + tall * step(w, z))
+            area[j] = base.get()
+            level[j] = mean.get()
+
     def _gradient(self) -> Writer:
         """gradient(table, y, g, K): g = −∇L; whether a pair beyond the K-th neighbour overlaps."""
         bit = ir.IntType(1)
         w, scope = self._function("gradient", (ADDRESS, ADDRESS, WHOLE), bit)
         y, g, bound = w.vectors(w.arguments[1]), w.vectors(w.arguments[2]), w.index(w.arguments[3])
-        m, jumps = scope.m, scope.size("jumps")
+        m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         names = ("place", "edge", "area", "level", "pull", "misfit", "weight")
         place, edge, area, level, pull, misfit, weight = map(scope.array, names)
-        jump, height = scope.array("jump"), scope.array("height")
         low, high = eta * -0.5, 1.0 + eta * 0.5
         crossing = w.variable(w.real(0.0) > 1.0)
         with w.range(1, m + 1) as j:
@@ -277,22 +375,11 @@ class Program:
             pull[j] = a * _step.NEAR_MEAN[0]
             misfit[j] = (y[j * 2] + y[j * 2 - 2]) * 0.5
             crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
-            base = w.variable(scope.shared("first") * u)
-            mean = w.variable(scope.shared("first"))
-            with w.range(0, jumps) as k:
-                z = (u - jump[k]) * per_eta
-                tall = w.splat(height[k])
-                base.set(base.get() + tall * (eta * w.maximum(z, 0.0)))
-                mean.set(mean.get() + w.where(z > 0.0, tall, 0.0))
-                t = 0.5 - w.abs(z)
-                with w.when(w.any(t > 0.0)):
-                    t = w.maximum(t, 0.0)
-                    cube = (t * t) * t
-                    base.set(base.get() + tall * (eta * (cube * t)))
-                    tail = tall * (cube * 4.0)
-                    mean.set(mean.get() + w.where(z > 0.0, -tail, tail))
-            area[j] = base.get()
-            level[j] = mean.get()
+        apart = scope.size("apart") > 0
+        with w.when(apart):
+            self._levels_apart(w, scope)
+        with w.when(~apart):
+            self._levels(w, scope)
         place[0], edge[0], area[0], pull[0] = 0.0, 0.0, 0.0, 0.0
         edge[m + 1] = 1.0
         area[m + 1] = scope.shared("total")
@@ -330,6 +417,7 @@ class Program:
             error = w.where(inside, misfit[j] - level[j], 0.0)
             misfit[j] = error
             g[j * 2 - 1] = (weight[j] * error) * 2.0
+        scope.array("lane")[NARROW] = w.where(narrow.get(), w.real(1.0), 0.0)
         w.give(w.any(narrow.get()))
         return w
 
@@ -341,7 +429,7 @@ class Program:
 
     @staticmethod
     def _add(scope: Scope, row: Index, below: Index | int, value: Real) -> None:
-        """S(row, row − below) += value, below ≥ 0."""
+        """S(row, row − below) += value, below ≥ 0; the last argument of the function is K."""
         band = scope.array("band")
         place = row * scope.stride + below
         band[place] = band[place] + value
@@ -374,7 +462,7 @@ class Program:
         self._add(scope, j * 2 - 1, 0, -value)
 
     def _edge_hessian(self) -> Writer:
-        w, scope = self._function("edge_hessian", (ADDRESS,))
+        w, scope = self._function("edge_hessian", (ADDRESS, WHOLE))
         y = w.vectors(w.arguments[1])
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
@@ -407,9 +495,8 @@ class Program:
                         self._self_overlap(scope, j, beyond * 2.0)
                         with w.range(j + 1, m + 1) as k:
                             self._overlap(scope, j, k, beyond * 2.0)
-                    mean = self._cut_of(w, "cut_mean", own, own)
+                    mean, tail = self._own_cut(w, own)
                     self._self_overlap(scope, j, (mean * eta) * -2.0)
-                    tail = self._cut_of(w, "cut_cdf", own, own)
                     self._response(scope, j, j, (a * tail) * (2.0 * sign))
                     with w.range(j + 1, m + 1) as k:
                         with w.when(w.any(side[k] > -0.5)):
@@ -439,13 +526,13 @@ class Program:
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         names = ("place", "edge", "misfit", "weight", "band")
         place, edge, misfit, weight, band = map(scope.array, names)
-        jump, height = scope.array("jump"), scope.array("height")
+        jump, height, near, size = map(scope.array, ("jump", "height", "near", "size"))
+        apart = scope.size("apart") > 0
         lane = scope.array("lane")
         rate = 1.0 / (lane[STEP_SIZE] * GAMMA)
         inertia = w.maximum(lane[EPSILON] * rate, scope.shared("shift"))
-        with w.range(0, scope.rows) as row:
-            with w.range(0, bound * 2 + 3) as below:
-                band[row * stride + below] = 0.0
+        with w.range(0, (scope.rows + bound * 2 + 2) * stride) as spot:
+            band[spot] = 0.0
         own = eta * (-2.0 * _step.NEAR_MEAN[0])
         with w.range(0, m + 1) as k:
             band[k * 2 * stride] = (edge[k + 1] - edge[k]) * 2.0 + inertia * 2.0
@@ -458,11 +545,12 @@ class Program:
             self._self_overlap(scope, j, own)
             self._add(scope, j * 2, 1, error * -2.0 - a)
             self._add(scope, j * 2 - 1, 1, error * 2.0 - a)
-            slope = w.variable(w.real(0.0))
-            with w.range(0, jumps) as k:
-                t = 0.5 - w.abs((u - jump[k]) * per_eta)
-                with w.when(w.any(t > 0.0)):
-                    t = w.maximum(t, 0.0)
+            t = w.maximum(0.5 - w.abs((u - near[j]) * per_eta), 0.0)
+            slope = w.variable(size[j] * (t * t))
+            with w.when(~apart):
+                slope.set(w.real(0.0))
+                with w.range(0, jumps) as k:
+                    t = w.maximum(0.5 - w.abs((u - jump[k]) * per_eta), 0.0)
                     slope.set(slope.get() + height[k] * (t * t))
             curvature = (a * slope.get()) * (per_eta * 24.0)
             self._add(scope, j * 2 - 1, 0, curvature + rate)
@@ -478,7 +566,7 @@ class Program:
                     self._response(scope, j, i, (other * tail) * 2.0)
                     self._attraction(scope, i, j, (a * other) * (density * per_eta) * 2.0)
         with w.when(w.any(crossing.get())):
-            w.call(self.edge_hessian, w.arguments[0], w.arguments[1])
+            w.call(self.edge_hessian, *w.arguments)
         w.give()
         return w
 
@@ -513,8 +601,51 @@ class Program:
         return w
 
     def _solve(self) -> Writer:
-        """solve(table, x, K): x ← S⁻¹ x."""
-        w, scope = self._function("solve", (ADDRESS, WHOLE))
+        """solve(table, x, K): x ← S⁻¹ x; narrow bands have code of their own."""
+        narrow = {bound: self._solve_narrow(bound) for bound in (1, 2, 3)}
+        wide = self._solve_wide()
+        w, _ = self._function("solve", (ADDRESS, WHOLE))
+        bound = w.index(w.arguments[2])
+        for case, function in narrow.items():
+            with w.when(bound.equals(case)):
+                w.call(function, *w.arguments)
+        with w.when(bound > max(narrow)):
+            w.call(wide, *w.arguments)
+        w.give()
+        return w
+
+    def _solve_narrow(self, bound: int) -> Writer:
+        """The same for one K, with the last results in registers."""
+        w, scope = self._function(f"solve_{bound}", (ADDRESS, WHOLE))
+        x, rows = w.vectors(w.arguments[1]), scope.rows
+        band, inverse = scope.array("band"), scope.array("inverse")
+        width, stride = 2 * bound + 2, 2 * bound + 3
+        window = [w.variable(w.real(0.0)) for _ in range(width)]  # the last result first
+
+        def eliminate(total: Real, entry: Any) -> Real:
+            for distance in range(width, 0, -1):
+                total = total - entry(distance) * window[distance - 1].get()
+            for distance in range(width - 1, 0, -1):
+                window[distance].set(window[distance - 1].get())
+            window[0].set(total)
+            return total
+
+        with w.range(0, rows) as i:
+            place = i * stride
+            x[i] = eliminate(x[i], lambda below, place=place: band[place + below])
+        for value in window:
+            value.set(w.real(0.0))
+        with w.range(rows - 1, -1, -1) as i:
+            # rows beyond the last are zero
+            total = Real(w, (x[i] * inverse[i]).ir)
+            place = i * stride
+            x[i] = eliminate(total, lambda above, place=place: band[place + above * (stride + 1)])
+        w.give()
+        return w
+
+    def _solve_wide(self) -> Writer:
+        """The same for any K."""
+        w, scope = self._function("solve_wide", (ADDRESS, WHOLE))
         x, bound = w.vectors(w.arguments[1]), w.index(w.arguments[2])
         width, stride, rows = bound * 2 + 2, scope.stride, scope.rows
         band, inverse = scope.array("band"), scope.array("inverse")
@@ -523,10 +654,8 @@ class Program:
             with w.range(self._least(w, width, i), 0, -1) as below:
                 total.set(total.get() - band[i * stride + below] * x[i - below])
             x[i] = total.get()
-        with w.range(0, rows) as i:
-            x[i] = x[i] * inverse[i]
-        with w.range(rows - 2, -1, -1) as i:
-            total = w.variable(x[i])
+        with w.range(rows - 1, -1, -1) as i:
+            total = w.variable(Real(w, (x[i] * inverse[i]).ir))
             with w.range(self._least(w, width, rows - 1 - i), 0, -1) as above:
                 row = i + above
                 total.set(total.get() - band[row * stride + above] * x[row])
@@ -541,17 +670,20 @@ class Program:
         w, scope = self._function("project", (ADDRESS, WHOLE), WHOLE)
         y, bound = w.vectors(w.arguments[1]), w.variable(w.index(w.arguments[2]))
         right, band = scope.array("right"), scope.array("band")
-        rows, stride = scope.rows, scope.stride
+        rows = scope.rows
         done = w.variable(w.index(0))
         with w.repeat() as turn:
+            self._forget(w, scope)
             narrow = self._gradient_of(w, y, right, bound.get())
-            bound.set(w.where(narrow, bound.get() + 1, bound.get()))
+            narrow = narrow & (bound.get() < scope.size("widest_band"))
+            bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
             turn.again_if(narrow)
             turn.stop_if(done.get() > 3)
             with w.when(done.get().equals(0)):
                 w.call(self.hessian, w.arguments[0], y.base, bound.get())
+                stride = bound.get() * 2 + 3
                 with w.range(0, rows) as row:
-                    with w.range(0, bound.get() * 2 + 3) as below:
+                    with w.range(0, stride) as below:
                         # positions stay: no coupling with them
                         odd = self._odd(w, row) | self._odd(w, row - below)
                         kept = w.where(odd, w.number(0.0), w.number(1.0))
@@ -611,14 +743,23 @@ class Program:
         bound = w.variable(w.index(w.arguments[1]))
         names = ("state", "next", "stage", "right", "slope", "stages", "lane")
         state, following, stage, right, slope, stages, lane = map(scope.array, names)
-        rows, m = scope.rows, scope.m
+        rows, m, widest = scope.rows, scope.m, scope.size("widest_band")
+        lane[WILD] = 0.0
         with w.repeat() as turn:
 
             def widen_if(narrow: Mask) -> None:
-                bound.set(w.where(narrow, bound.get() + 1, bound.get()))
+                # where the band cannot be wider, the step is too long for the lane
+                full = bound.get() >= widest
+                with w.when(narrow & full):
+                    lane[WILD] = w.maximum(lane[WILD], lane[NARROW])
+                bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
                 turn.again_if(narrow)
 
-            widen_if(self._gradient_of(w, state, slope, bound.get()))
+            self._forget(w, scope)
+            # the band has room for every state
+            narrow = self._gradient_of(w, state, slope, bound.get())
+            bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
+            turn.again_if(narrow)
             w.call(self.hessian, w.arguments[0], state.base, bound.get())
             w.call(self.factor, w.arguments[0], bound.get())
             epsilon, per_step = lane[EPSILON], 1.0 / lane[STEP_SIZE]
@@ -640,6 +781,7 @@ class Program:
                                 if A[i, j]:
                                     moved = moved + k[j][row] * float(A[i, j])
                             stage[row] = moved
+                    self._tame(w, scope)
                     widen_if(self._gradient_of(w, stage, now, bound.get()))
                     with w.range(0, rows) as row:
                         mixed = k[0][row] * float(C[i, 0])
@@ -662,6 +804,24 @@ class Program:
             turn.stop_if(w.true)
         w.give(bound.get())
         return w
+
+    def _tame(self, w: Writer, scope: Scope) -> None:
+        """Give lanes whose stage is wild their state back; their step will be rejected."""
+        state, stage, lane = map(scope.array, ("state", "stage", "lane"))
+        wild = w.variable(lane[WILD] > 0.5)
+        with w.range(1, scope.rows, 2) as row:
+            wild.set(wild.get() | ~(w.abs(stage[row] - state[row]) <= FARTHEST))
+        with w.when(w.any(wild.get())):
+            lane[WILD] = w.where(wild.get(), w.real(1.0), 0.0)
+            with w.range(0, scope.rows) as row:
+                stage[row] = w.where(wild.get(), state[row], stage[row])
+
+    @staticmethod
+    def _wider(scope: Scope, bound: Index) -> Index:
+        w, widest = scope.writer, scope.size("widest_band")
+        quarter = Index(w, w.builder.lshr(bound.ir, ir.Constant(WHOLE, 2)))
+        wanted = bound + quarter + 1
+        return w.where(wanted < widest, wanted, widest)
 
     def _densify(self) -> Writer:
         """densify(table): the coefficients of the dense output."""
@@ -726,7 +886,9 @@ class Program:
             epsilon = scope.array("start_epsilon")[start]
             self._put(scope, "lane", EPSILON, lane, epsilon)
             longest = scope.number("first_step")
-            first = w.where(epsilon > 0.0, w.minimum(epsilon * 0.05, longest), longest)
+            # weights relax at rates up to about 2 (m + 1) / ε
+            first = epsilon * (0.2 / w.to_real(m + 1))
+            first = w.where(epsilon > 0.0, w.minimum(first, longest), longest)
             self._put(scope, "lane", STEP_SIZE, lane, first)
             for name in ("record", "steps", "accepts", "widest"):
                 scope.array(name)[lane] = w.index(0)
@@ -771,7 +933,7 @@ class Program:
         mean = w.sqrt(squares.get() / count) * scope.shared("fast_share")
         total = w.maximum(mean, largest.get() * scope.shared("per_scale"))
         gap = (squares.get() - squares.get()) + (sizes.get() - sizes.get())
-        finite = gap.equals(0.0)
+        finite = gap.equals(0.0) & (lane[WILD] < 0.5)
         good = finite & (total < 1.0)
         factor = w.power(total, -0.2) * 0.9
         factor = w.minimum(w.maximum(factor, 0.2), 10.0)
@@ -817,12 +979,18 @@ class Program:
             turn.stop_if(~w.any(live))
             size, time = lane[STEP_SIZE], lane[TIME]
             left = end - time
-            lane[STEP_LEFT] = size
             closing = size * 1.0001 > left
             lane[STEP_SIZE] = w.where(closing & live, left, size)
             lane[NEXT_TIME] = w.where(closing, end, time + size)
-            bound = w.index(w.call(self.attempt, table, w.index(w.call(self.band, table))))
-            del bound
+            needed = w.index(w.call(self.band, table))
+            with w.when(needed >= scope.size("widest_band")):
+                with w.range(0, self.lanes) as each:
+                    need = w.to_index(self._get(scope, "lane", OVERLAPS, each))
+                    live_here = self._get(scope, "lane", LIVE, each) > 0.5
+                    with w.when(live_here & (need >= scope.size("widest_band"))):
+                        self._end(w, scope, each, w.index(TOO_WIDE))
+            turn.again_if(needed >= scope.size("widest_band"))
+            w.call(self.attempt, table, needed)
             self._error(w, scope)
             due = w.variable(w.index(0))
             with w.range(0, self.lanes) as each:
@@ -869,7 +1037,7 @@ class Program:
     def _close(self, w: Writer, scope: Scope, each: Index) -> None:
         """If a lane has come to an end, write how and take the next start."""
         at = self._get(scope, "lane", TIME, each)
-        steps, start = scope.array("steps")[each], scope.array("start")[each]
+        steps = scope.array("steps")[each]
         small = self._get(scope, "lane", STEP_SIZE, each) < scope.number("least_step")
         rejected = self._get(scope, "lane", ACCEPTED, each) < 0.5
         lost = self._get(scope, "lane", LOST, each) > 0.5
@@ -880,12 +1048,16 @@ class Program:
         finished = at >= scope.number("end")
         status = w.where(finished, w.index(0), status)
         with w.when(finished | (status > 0)):
-            scope.array("status")[start] = status
-            scope.array("step_count")[start] = steps
-            scope.array("accept_count")[start] = scope.array("accepts")[each]
-            scope.array("bandwidth")[start] = scope.array("widest")[each]
-            scope.array("reached")[start] = at
-            w.call(self.refill, w.arguments[0], each)
+            self._end(w, scope, each, status)
+
+    def _end(self, w: Writer, scope: Scope, each: Index, status: Index) -> None:
+        start = scope.array("start")[each]
+        scope.array("status")[start] = status
+        scope.array("step_count")[start] = scope.array("steps")[each]
+        scope.array("accept_count")[start] = scope.array("accepts")[each]
+        scope.array("bandwidth")[start] = scope.array("widest")[each]
+        scope.array("reached")[start] = self._get(scope, "lane", TIME, each)
+        w.call(self.refill, w.arguments[0], each)
 
     # --- before and after ---
 
@@ -932,9 +1104,10 @@ class Program:
                 settled = w.call(self.project, w.arguments[0], state.base, bound.get())
                 bound.set(w.index(settled))
             with w.repeat() as turn:
+                self._forget(w, scope)
                 narrow = self._gradient_of(w, state, right, bound.get())
-                bound.set(bound.get() + 1)
-                turn.stop_if(~narrow)
+                turn.stop_if(~narrow | (bound.get() >= scope.size("widest_band")))
+                bound.set(self._wider(scope, bound.get()))
             loss = w.variable(scope.shared("square"))
             with w.range(0, m + 1) as k:
                 mean = area[k + 1] - area[k]

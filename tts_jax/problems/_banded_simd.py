@@ -152,22 +152,30 @@ def _solve_chunk(
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,
     }
-    stride = 2 * m + 3
+    widest = min(m, 200)
     sizes = {
         "neurons": m,
         "jumps": jumps.size,
         "times": times,
         "starts": count,
         "max_steps": max_steps,
-        "stride": stride,
         "reduced": int(reduced),
+        "widest_band": widest,
+        # then a neuron meets one jump at a time
+        "apart": int(jumps.size > 0 and np.all(np.diff(jumps) > 1.01 * eta)),
     }
+    reach = np.full((jumps.size, 2), (-np.inf, np.inf))
+    reach[1:, 0], reach[:-1, 1] = jumps[:-1] + eta / 2, jumps[1:] - eta / 2
     records = np.full((count * times, rows), np.nan)
     shared = {
         "numbers": np.array([numbers[name] for name in NUMBERS]),
         "sizes": np.array([sizes[name] for name in SIZES], np.int64),
         "jump": np.ascontiguousarray(jumps),
-        "height": np.ascontiguousarray(np.diff(values)),
+        "height": np.diff(values),
+        "jump_before": values[:-1].copy(),
+        "jump_filled": np.cumsum(values[:-1] * lengths[:-1]),
+        "jump_low": reach[:, 0].copy(),
+        "jump_high": reach[:, 1].copy(),
         "queue": np.zeros(1, np.int64),
         "tau": np.append(tau, np.inf),
         "start_state": start,
@@ -184,7 +192,7 @@ def _solve_chunk(
         "bandwidth": answer["bandwidth"],
         "reached": answer["reached"],
     }
-    works = [_Work(lanes, m, stride, shared) for _ in range(threads)]
+    works = [_Work(lanes, m, 2 * widest + 3, shared) for _ in range(threads)]
 
     def split(entry: str, total: int) -> None:
         edges = [lanes * (k * -(-total // lanes) // threads) for k in range(threads)] + [total]
