@@ -32,7 +32,7 @@ from tts_jax.problems import _step
 
 STAGES = len(A)
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
-FARTHEST = 0.25  # a step in which a neuron moves farther than this is tried again with a smaller size
+FARTHEST = 8.0  # a step in which a neuron moves by more widths is tried again with a smaller size
 TOO_WIDE = 100  # status of a start with more overlapping neighbours than the band has room for
 
 # Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
@@ -417,7 +417,9 @@ class Program:
             error = w.where(inside, misfit[j] - level[j], 0.0)
             misfit[j] = error
             g[j * 2 - 1] = (weight[j] * error) * 2.0
-        scope.array("lane")[NARROW] = w.where(narrow.get(), w.real(1.0), 0.0)
+        lane = scope.array("lane")
+        narrow.set(narrow.get() & (lane[LIVE] > 0.5))
+        lane[NARROW] = w.where(narrow.get(), w.real(1.0), 0.0)
         w.give(w.any(narrow.get()))
         return w
 
@@ -719,7 +721,7 @@ class Program:
         y, lane = scope.array("state"), scope.array("lane")
         m, eta = scope.m, scope.shared("eta")
         low, high = eta * -0.5, 1.0 + eta * 0.5
-        count = w.variable(w.index(0))
+        count, live = w.variable(w.index(0)), lane[LIVE] > 0.5
         lane[OVERLAPS] = 0.0
 
         def place(j: Index) -> Real:
@@ -730,7 +732,7 @@ class Program:
             found = w.variable(w.real(0.0) > 1.0)
             with w.range(1, m - further + 1) as i:
                 close = place(i + further) - place(i) < eta * OVERLAP
-                found.set(found.get() | close)
+                found.set(found.get() | (close & live))
             turn.stop_if(~w.any(found.get()))
             count.set(further)
             lane[OVERLAPS] = w.where(found.get(), w.to_real(further), lane[OVERLAPS])
@@ -808,9 +810,9 @@ class Program:
     def _tame(self, w: Writer, scope: Scope) -> None:
         """Give lanes whose stage is wild their state back; their step will be rejected."""
         state, stage, lane = map(scope.array, ("state", "stage", "lane"))
-        wild = w.variable(lane[WILD] > 0.5)
+        wild, farthest = w.variable(lane[WILD] > 0.5), scope.shared("eta") * FARTHEST
         with w.range(1, scope.rows, 2) as row:
-            wild.set(wild.get() | ~(w.abs(stage[row] - state[row]) <= FARTHEST))
+            wild.set(wild.get() | ~(w.abs(stage[row] - state[row]) <= farthest))
         with w.when(w.any(wild.get())):
             lane[WILD] = w.where(wild.get(), w.real(1.0), 0.0)
             with w.range(0, scope.rows) as row:
@@ -881,6 +883,13 @@ class Program:
         starts, rows, m = scope.size("starts"), scope.rows, scope.m
         self._put(scope, "lane", LIVE, lane, 0.0)
         self._put(scope, "lane", TIME, lane, 0.0)
+        with w.when(start >= starts):
+            # a lane at rest holds the first start, and takes steps that come to nothing
+            self._put(scope, "lane", STEP_SIZE, lane, scope.number("least_step"))
+            self._put(scope, "lane", EPSILON, lane, 1.0)
+            given = scope.array("start_state")
+            with w.range(0, rows) as row:
+                self._put(scope, "state", row, lane, given[row])
         with w.when(start < starts):
             self._put(scope, "lane", LIVE, lane, 1.0)
             epsilon = scope.array("start_epsilon")[start]
@@ -970,8 +979,6 @@ class Program:
         steps, accepts, widest = map(scope.array, ("steps", "accepts", "widest"))
         records, tau, times = scope.array("record"), scope.array("tau"), scope.size("times")
         end = scope.shared("end")
-        lane[STEP_SIZE] = 1.0
-        lane[EPSILON] = 1.0
         with w.range(0, self.lanes) as each:
             w.call(self.refill, table, each)
         with w.repeat() as turn:
@@ -1027,7 +1034,8 @@ class Program:
                 state[row] = w.where(accepted, following[row], state[row])
             self._sort(w, scope)
             lane[TIME] = w.where(accepted, lane[NEXT_TIME], lane[TIME])
-            lane[STEP_SIZE] = lane[STEP_SIZE] * lane[FACTOR]
+            live = lane[LIVE] > 0.5
+            lane[STEP_SIZE] = w.where(live, lane[STEP_SIZE] * lane[FACTOR], lane[STEP_SIZE])
             with w.range(0, self.lanes) as each:
                 with w.when(self._get(scope, "lane", LIVE, each) > 0.5):
                     self._close(w, scope, each)
@@ -1066,6 +1074,7 @@ class Program:
         lane = scope.array("lane")
         lane[STEP_SIZE] = 1.0
         lane[EPSILON] = 0.0
+        lane[LIVE] = 1.0
         with w.range(0, self.lanes) as each:
             wanted = first + each
             which = w.where(wanted < last, wanted, last - 1)
