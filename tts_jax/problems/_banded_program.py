@@ -80,7 +80,7 @@ SHARED = (
     *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
     *("start_state", "start_order", "start_epsilon"),
     *("record_state", "record_order", "loss", "fast", "slow"),
-    *("status", "step_count", "accept_count", "bandwidth", "reached"),
+    *("status", "step_count", "accept_count", "bandwidth", "record_count", "reached", "which"),
 )
 SLOTS = {
     name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))
@@ -90,7 +90,10 @@ _OF_NEURON = {
     **{"near": "jump", "size": "height", "before": "jump_before", "filled": "jump_filled"},
     **{"low_end": "jump_low", "high_end": "jump_high"},
 }
-OF_INDICES = {"sizes", "queue", "status", "step_count", "accept_count", "bandwidth", *LANE_INDICES}
+OF_INDICES = {
+    *("sizes", "queue", "status", "step_count", "accept_count", "bandwidth", "record_count"),
+    *("which", *LANE_INDICES),
+}
 
 
 class Scope:
@@ -1064,20 +1067,21 @@ class Program:
         scope.array("step_count")[start] = scope.array("steps")[each]
         scope.array("accept_count")[start] = scope.array("accepts")[each]
         scope.array("bandwidth")[start] = scope.array("widest")[each]
+        scope.array("record_count")[start] = scope.array("record")[each]
         scope.array("reached")[start] = self._get(scope, "lane", TIME, each)
         w.call(self.refill, w.arguments[0], each)
 
     # --- before and after ---
 
     def _gather(self, w: Writer, scope: Scope, first: Index, last: Index, source: str, order: str):
-        """Load states `first`, `first + 1`, … before `last` into the lanes; spare lanes repeat it."""
-        lane = scope.array("lane")
+        """Load the states that are on the list from `first` to before `last`; spare lanes repeat."""
+        lane, listed = scope.array("lane"), scope.array("which")
         lane[STEP_SIZE] = 1.0
         lane[EPSILON] = 0.0
         lane[LIVE] = 1.0
         with w.range(0, self.lanes) as each:
             wanted = first + each
-            which = w.where(wanted < last, wanted, last - 1)
+            which = listed[w.where(wanted < last, wanted, last - 1)]
             given = scope.array(source).offset(which * scope.rows)
             with w.range(0, scope.rows) as row:
                 self._put(scope, "state", row, each, given[row])
@@ -1086,7 +1090,7 @@ class Program:
                 self._put(scope, "order", j + 1, each, given[j])
 
     def _settle(self) -> Writer:
-        """settle(table, first, last): starts onto the critical manifold."""
+        """settle(table, first, last): the listed starts onto the critical manifold."""
         w, scope = self._function("settle", (WHOLE, WHOLE))
         first, last = (w.index(argument) for argument in w.arguments[1:])
         state = scope.array("state")
@@ -1094,14 +1098,15 @@ class Program:
             self._gather(w, scope, group, last, "start_state", "start_order")
             w.call(self.project, w.arguments[0], state.base, w.index(1))
             with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
-                out = scope.array("start_state").offset((group + each) * scope.rows)
+                which = scope.array("which")[group + each]
+                out = scope.array("start_state").offset(which * scope.rows)
                 with w.range(0, scope.rows) as row:
                     out[row] = self._get(scope, "state", row, each)
         w.give()
         return w
 
     def _finish(self) -> Writer:
-        """finish(table, first, last): weights, positions and losses of records."""
+        """finish(table, first, last): weights, positions and losses of the listed records."""
         w, scope = self._function("finish", (WHOLE, WHOLE))
         first, last = (w.index(argument) for argument in w.arguments[1:])
         state, right, area, m = scope.array("state"), scope.array("right"), scope.array("area"), scope.m
@@ -1123,7 +1128,7 @@ class Program:
                 loss.set(loss.get() - state[k * 2] * (right[k * 2] * 0.5 + mean))
             right[0] = loss.get()
             with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
-                which = group + each
+                which = scope.array("which")[group + each]
                 losses[which] = self._get(scope, "right", 0, each)
                 weights = fast.offset(which * (m + 1))
                 weights[0] = self._get(scope, "state", 0, each)

@@ -50,7 +50,14 @@ class _Work:
         own = {name: aligned((count * lanes,), np.dtype(float)) for name, count in counts.items()}
         own |= {name: np.zeros(lanes, np.int64) for name in LANE_INDICES}
         self.arrays = own | shared
+        self.slots = SLOTS
         self.table = np.array([self.arrays[name].ctypes.data for name in SLOTS], np.int64)
+        self.address = self.table.ctypes.data
+
+    def point(self, name: str, array: np.ndarray) -> None:
+        """Have a name stand for another array."""
+        self.arrays[name] = array
+        self.table[self.slots[name]] = array.ctypes.data
 
 
 def solve(
@@ -166,7 +173,7 @@ def _solve_chunk(
     }
     reach = np.full((jumps.size, 2), (-np.inf, np.inf))
     reach[1:, 0], reach[:-1, 1] = jumps[:-1] + eta / 2, jumps[1:] - eta / 2
-    records = np.full((count * times, rows), np.nan)
+    recorded = np.zeros(count, np.int64)
     shared = {
         "numbers": np.array([numbers[name] for name in NUMBERS]),
         "sizes": np.array([sizes[name] for name in SIZES], np.int64),
@@ -181,8 +188,8 @@ def _solve_chunk(
         "start_state": start,
         "start_order": order,
         "start_epsilon": epsilon,
-        "record_state": records,
-        "record_order": np.tile(np.arange(float(m)), (count * times, 1)),
+        "record_state": np.empty((count * times, rows)),
+        "record_order": np.empty((count * times, m)),
         "loss": answer["loss"],
         "fast": answer["fast"],
         "slow": answer["slow"],
@@ -190,21 +197,28 @@ def _solve_chunk(
         "step_count": answer["steps"],
         "accept_count": answer["accepted"],
         "bandwidth": answer["bandwidth"],
+        "record_count": recorded,
         "reached": answer["reached"],
+        "which": np.arange(count),
     }
     works = [_Work(lanes, m, 2 * widest + 3, shared) for _ in range(threads)]
 
-    def split(entry: str, total: int) -> None:
-        edges = [lanes * (k * -(-total // lanes) // threads) for k in range(threads)] + [total]
+    def split(entry: str, which: np.ndarray) -> None:
+        """Spread a list of states over the threads."""
+        groups = -(-which.size // lanes)
+        edges = [lanes * (groups * k // threads) for k in range(threads)] + [which.size]
+        for work in works:
+            work.point("which", which)
         in_threads(
             [
-                functools.partial(entries[entry], work.table.ctypes.data, low, high)
+                functools.partial(entries[entry], work.address, low, high)
                 for work, low, high in zip(works, edges, edges[1:], strict=False)
                 if low < high
             ]
         )
 
     if reduced:
-        split("settle", count)
-    in_threads([functools.partial(entries["advance"], work.table.ctypes.data) for work in works])
-    split("finish", count * times)
+        split("settle", np.arange(count))
+    in_threads([functools.partial(entries["advance"], work.address) for work in works])
+    written = np.arange(times) < recorded[:, None]
+    split("finish", np.flatnonzero(written))
