@@ -120,7 +120,6 @@ GPU_PEERS = (
 )
 
 
-
 def _flow_peer(name: str, label: str, build: str, options: dict[str, Any], **more: Any) -> Peer:
     # one process or device per core: no threads of BLAS beside them
     single = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

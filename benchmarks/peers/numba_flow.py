@@ -14,11 +14,8 @@ Everything a call needs is in one block of memory (`Block`), so that a C callbac
 its user data.
 """
 
-from typing import Any
-
-import numba
 import numpy as np
-from numba import njit, types
+from numba import njit
 
 from benchmarks.setting import JUMPS, VALUES
 
@@ -28,8 +25,8 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(4)  # exact up to degree 7
 # not `nnan`: an implicit solver may try states that are not finite
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _options = {"fastmath": _FAST, "error_model": "numpy"}
-inline = njit(**_options, inline="always")
-compiled = njit(**_options)
+# cached on disk: every process of a peer compiles alike
+compiled = njit(**_options, cache=True)
 
 
 class Block:
@@ -56,32 +53,32 @@ class Block:
 # --- one step, and two ------------------------------------------------------------------------
 
 
-@inline
+@compiled
 def _tail(z):
     return max(0.5 - abs(z), 0.0)
 
 
-@inline
+@compiled
 def _ramp(z):
     """∫_{−∞}^z σ."""
     square = _tail(z) ** 2
     return max(z, 0.0) + square * square
 
 
-@inline
+@compiled
 def _step(z):
     """σ(z)."""
     tail = 4.0 * _tail(z) ** 3
     return 1.0 - tail if z > 0.0 else tail
 
 
-@inline
+@compiled
 def _bump(z):
     """σ′(z)."""
     return 12.0 * _tail(z) ** 2
 
 
-@inline
+@compiled
 def _pair_excess(s):
     """½ E|r + W| − s/2 for s = |r| < 1, W the difference of two draws from σ′."""
     if s < 0.5:
@@ -91,7 +88,7 @@ def _pair_excess(s):
     return (0.8 / 7) * far * (far * far) ** 3
 
 
-@inline
+@compiled
 def _pair_tail(s):
     """P(W > s) for 0 ≤ s < 1."""
     if s < 0.5:
@@ -99,7 +96,7 @@ def _pair_tail(s):
     return 0.8 * ((1.0 - s) ** 2) ** 3
 
 
-@inline
+@compiled
 def _pair_density(s):
     """The density of W at s, 0 ≤ s < 1."""
     if s < 0.5:
@@ -111,7 +108,7 @@ def _pair_density(s):
 # --- two steps beyond an end ------------------------------------------------------------------
 
 
-@njit(**_options)
+@compiled
 def _beyond(p, q, first, second):
     """∫_{t<0} f(t + p) g(t + q) dt for p, q in (−½, ½]; f, g are σ, or σ′ where the flag is set.
 
@@ -136,7 +133,7 @@ def _beyond(p, q, first, second):
 # --- what right-hand side and Jacobian share --------------------------------------------------
 
 
-@inline
+@compiled
 def _parts(reals, words):
     """Sizes, numbers and views of a block."""
     m, jumps = words[0], words[1]
@@ -146,7 +143,7 @@ def _parts(reals, words):
     return m, jumps, order, room
 
 
-@inline
+@compiled
 def _sort(order, u):
     for k in range(1, order.size):
         j = order[k]
@@ -157,7 +154,7 @@ def _sort(order, u):
         order[l] = j
 
 
-@inline
+@compiled
 def _clip(u, eta):
     """Positions moved to the nearest point of [−η/2, 1 + η/2], the same on [0, 1]."""
     return min(max(u, -0.5 * eta), 1.0 + 0.5 * eta)
@@ -277,7 +274,7 @@ def hessian(reals, words, y, out):
         seen = (1.0 - step_right - step_left) * y[0]
         down = -2.0 * own if inside else 0.0
         out[0, column] = out[column, 0] = down * (1.0 - step_right - step_left)
-        diagonal = bent = 0.0
+        bent = 0.0
         for l in range(m):
             i = order[l]
             other, weight = x[l], w[l]

@@ -33,6 +33,8 @@ def make_solver(method: str, setting: FlowSetting) -> Solver:
     if method == "cvode":
         return Cvode(Block(*problem), setting.tolerance)
     flow = Flow(*problem)
+    first = setting.states()[0]
+    flow.velocity(0.0, first), flow.jacobian(0.0, first)  # compile
 
     def lsoda(start: np.ndarray, tau: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
@@ -70,7 +72,7 @@ def make_solver(method: str, setting: FlowSetting) -> Solver:
 
 
 def make_job(method: str, setting: FlowSetting) -> Callable[[int], np.ndarray]:
-    """From the number of a start to its states, `[T, 2m + 1]`; what can be compiled is."""
+    """From the number of a start to its states, `[T, 2m + 1]`; all is compiled."""
     solve, tau = make_solver(method, setting), setting.tau()
     starts = setting.states()
     solve(starts[0], np.asarray([0.0, 1e-9 * setting.end]))

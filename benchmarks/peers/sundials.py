@@ -170,7 +170,9 @@ class Cvode:
         return found
 
 
-def _free(memory: c_void_p, solver: c_void_p, matrix: c_void_p, vector: c_void_p, context: c_void_p):
+def _free(
+    memory: c_void_p, solver: c_void_p, matrix: c_void_p, vector: c_void_p, context: c_void_p
+):
     _function("CVodeFree", None, c_void_p)(ctypes.addressof(memory))
     _call("SUNLinSolFree", solver)
     _function("SUNMatDestroy", None, c_void_p)(matrix)
