@@ -55,16 +55,12 @@ def make_solver(method: str, setting: FlowSetting) -> Solver:
 
     def python(start: np.ndarray, tau: np.ndarray) -> np.ndarray:
         name = {"bdf": "BDF", "radau": "Radau"}[method]
-        found = solve_ivp(
-            flow.velocity,
-            (0.0, tau[-1]),
-            start,
-            method=name,
-            t_eval=tau,
-            jac=flow.jacobian,
-            **tolerance,
-        )
         states = np.full((tau.size, start.size), np.nan)
+        span = 0.0, tau[-1]
+        try:
+            found = solve_ivp(flow.velocity, span, start, name, tau, jac=flow.jacobian, **tolerance)
+        except ValueError:  # a matrix that is not finite
+            return states
         states[: found.t.size] = found.y.T
         return states
 
