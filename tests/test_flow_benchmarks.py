@@ -346,7 +346,7 @@ def run():
 
 def test_peers_are_compared_at_equal_error(run):
     rows = run["groups"]["flow"]["rows"]
-    peers = metrics.batches(rows)[2e-5, 4e-3, 20, False]
+    peers = metrics.batches(rows)[2e-5, 0.035, 4e-3, 20, False]
     ours, theirs = peers["engine"], peers["cvode"]
     # at equal tolerance the ratio would be 10 * 30^-0.2 = 5.1
     assert metrics.equal_error_ratios(1e-6, theirs, ours) == pytest.approx([10.0, 10.0])
@@ -360,15 +360,15 @@ def test_peers_are_compared_at_equal_error(run):
 
 def test_numbers_from_rows(run):
     values = {metric.key: metric.value for metric in metrics.metrics(run)}
-    place = "20 neurons/eta 0.004/epsilon 2e-05"
+    place = "20 neurons/eta 0.004/epsilon 2e-05/tau 0.035"
     assert values[f"flow/{place}/cvode/ratio at error 1e-06"] == pytest.approx(10.0)
     assert values[f"flow-neurons/{place}/cvode/ratio at error its own"] == pytest.approx(60.0)
     assert values["flow-neurons/engine/exponent at fixed gap/eta"] == pytest.approx(1.5)
     assert values[f"limit/{place}/limit/ratio at error 1e-08"] == pytest.approx(0.2)
-    at = "eta 0.004/epsilon 2e-05/tolerance 1e-08"
+    at = "eta 0.004/epsilon 2e-05/tau 0.035/tolerance 1e-08"
     assert values[f"sharp/10000 seeds/20 neurons/{at}/sharp-limit/time"] == 5e4
     assert values[f"accuracy/64 seeds/20 neurons/{at}/engine/above 1e-6"] == 1.0
-    at = "eta 0.004/epsilon 2e-05/tolerance 1e-07"
+    at = "eta 0.004/epsilon 2e-05/tau 0.035/tolerance 1e-07"
     assert values[f"flow/64 seeds/20 neurons/{at}/xla/ran"] == 0.0
 
 
@@ -386,7 +386,7 @@ def test_what_the_gate_calls_worse(run):
     row["ns"] = [2 * one for one in row["ns"]]
     row["error"] *= 3
     found = verdicts(worse, run)
-    key = "flow/64 seeds/20 neurons/eta 0.004/epsilon 2e-05/tolerance 1e-07/engine"
+    key = "flow/64 seeds/20 neurons/eta 0.004/epsilon 2e-05/tau 0.035/tolerance 1e-07/engine"
     # errors and failures count on every machine
     assert found[f"{key}/failed"] == found[f"{key}/error"] == "worse"
     assert found[f"{key}/time"] == "other machine"
@@ -395,7 +395,10 @@ def test_what_the_gate_calls_worse(run):
         if row["peer"] == "limit":
             row["ns"] = [3 * one for one in row["ns"]]
     found = verdicts(slower, run)
-    assert found["limit/20 neurons/eta 0.004/epsilon 2e-05/limit/ratio at error 1e-06"] == "worse"
+    assert (
+        found["limit/20 neurons/eta 0.004/epsilon 2e-05/tau 0.035/limit/ratio at error 1e-06"]
+        == "worse"
+    )
 
 
 def test_the_report_compares_at_equal_error(run, tmp_path):

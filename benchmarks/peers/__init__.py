@@ -154,7 +154,7 @@ FLOW_PEERS = (
         {"configure": True, "reference": True},
         own=True,
         most_seeds=16,
-        tolerances=_RUNGS[1:7:2],
+        tolerances=(_RUNGS[1], *_RUNGS[3:6]),
         most_neurons=100,
     ),
     _flow_peer(
@@ -180,7 +180,7 @@ FLOW_PEERS = (
         _STIFF,
         {"method": "bdf"},
         most_seeds=8,
-        tolerances=_RUNGS[2::2],
+        tolerances=_RUNGS[3::2],
         most_neurons=100,
     ),
     _flow_peer(
@@ -189,7 +189,7 @@ FLOW_PEERS = (
         _STIFF,
         {"method": "radau"},
         most_seeds=8,
-        tolerances=_RUNGS[2:6],
+        tolerances=_RUNGS[1:6:2],
         most_neurons=100,
     ),
     _flow_peer(
@@ -207,7 +207,7 @@ FLOW_PEERS = (
         _FLOW,
         {"configure": True, "solver": "kvaerno5"},
         most_seeds=4,
-        tolerances=_RUNGS[1:4],
+        tolerances=_RUNGS[2:5],
         most_neurons=20,
     ),
     _flow_peer(

@@ -1,8 +1,8 @@
 """General stiff solvers on the flow, their right-hand side and Jacobian compiled by Numba.
 
 Each in the form that costs least: CVODE without Python between callbacks (`sundials`), LSODA as
-SciPy's `odeint`, whose loop over steps is compiled and which took half the time of `solve_ivp`,
-BDF and Radau as `solve_ivp`. Starts are spread over processes, one per core.
+SciPy's `odeint`, whose loop over steps is compiled, BDF and Radau as `solve_ivp`. Starts are
+spread over processes, one per core.
 """
 
 import functools

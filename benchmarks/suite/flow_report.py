@@ -112,9 +112,8 @@ def _reasons(failed: dict[str, int]) -> str:
 
 
 def _flow(rows: list[Row]) -> str:
-    text = "## Work against precision\n\nm = 20. Both errors in a table are medians over starts."
-    for (epsilon, _, _, single), peers in batches(rows).items():
-        end = next(iter(peers.values()))[0]["end"]
+    text = "## Work against precision\n\nm = 20. The error is the median over starts."
+    for (epsilon, end, _, _, single), peers in batches(rows).items():
         what = "a single start, with the error of the batch" if single else "batches"
         measured = {
             peer: found for peer, found in peers.items() if any(not row["skipped"] for row in found)
@@ -269,7 +268,7 @@ def plot(run: dict[str, Any], path: Path) -> bool:
         squeeze=False,
         layout="constrained",
     )
-    colors = {name: f"C{index}" for index, name in enumerate(_LABELS)}
+    colors = {name: f"C{index}" if index < 10 else "k" for index, name in enumerate(_LABELS)}
     drawn: dict[str, Any] = {}
     for ax, (title, axis, curves) in zip(axes.flat, panels, strict=False):
         for peer, points in curves.items():
@@ -310,11 +309,11 @@ _Panel = tuple[str, str, dict[str, list[tuple[float, float]]]]
 
 def _precision_panels(run: dict[str, Any]) -> Iterable[_Panel]:
     rows = run["groups"].get("flow", {"rows": []})["rows"]
-    for (epsilon, _, _, single), peers in batches(rows).items():
+    for (epsilon, end, _, _, single), peers in batches(rows).items():
         curves = _points(peers, "error")
         if curves:
             starts = "one start" if single else "batches"
-            yield f"ε = {epsilon:g}, m = 20, {starts}", "median error", curves
+            yield f"ε = {epsilon:g}, τ ≤ {end:g}, m = 20, {starts}", "median error", curves
 
 
 def _neuron_panels(run: dict[str, Any]) -> Iterable[_Panel]:

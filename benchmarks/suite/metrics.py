@@ -124,11 +124,14 @@ def not_comparable(run: dict[str, Any]) -> dict[tuple[str, str], str]:
 # --- work against precision -------------------------------------------------------------------
 
 
-def batches(rows: Iterable[Row]) -> dict[tuple[float, float, int, bool], dict[str, list[Row]]]:
-    """Rows of the flow by (ε, η, m, whether a single start), then by peer; one row a tolerance."""
-    found: dict[tuple[float, float, int, bool], dict[str, list[Row]]] = {}
+Batch = tuple[float, float, float, int, bool]  # ε, last τ, η, m, whether it is a single start
+
+
+def batches(rows: Iterable[Row]) -> dict[Batch, dict[str, list[Row]]]:
+    """Rows of the flow by batch, then by peer; one row a tolerance."""
+    found: dict[Batch, dict[str, list[Row]]] = {}
     for row in rows:
-        place = row["epsilon"], row["eta"], row["neurons"], row["seeds"] == 1
+        place = row["epsilon"], row["end"], row["eta"], row["neurons"], row["seeds"] == 1
         found.setdefault(place, {}).setdefault(row["peer"], []).append(row)
     return found
 
@@ -202,7 +205,8 @@ def metrics(run: dict[str, Any]) -> list[Metric]:
 
 def _place(row: Row) -> list[str]:
     units = {"dtype": "{}", "seeds": "{} seeds", "neurons": "{} neurons"}
-    units |= {name: f"{name} {{:g}}" for name in ("eta", "epsilon", "tolerance")}
+    units |= {"eta": "eta {:g}", "epsilon": "epsilon {:g}", "end": "tau {:g}"}
+    units |= {"tolerance": "tolerance {:g}"}
     return [unit.format(row[name]) for name, unit in units.items() if name in row]
 
 
@@ -266,8 +270,8 @@ def _flows(name: str, rows: list[Row]) -> Iterator[Metric]:
             yield Metric(f"{key}/error", row["error"], "", "less", 1.0, True)
     if name == "sharp":
         return
-    for (epsilon, eta, count, single), peers in batches(rows).items():
-        place = f"{name}/{count} neurons/eta {eta:g}/epsilon {epsilon:g}"
+    for (epsilon, end, eta, count, single), peers in batches(rows).items():
+        place = f"{name}/{count} neurons/eta {eta:g}/epsilon {epsilon:g}/tau {end:g}"
         place += "/single" if single else ""
         ours = peers.get(REFERENCE, [])
         for peer, theirs in peers.items():
