@@ -65,6 +65,7 @@ class FlowSetting:
         end: last slow time τ.
         records: recorded times, evenly spaced from 0.
         mixed: the starts of `mixed_starts` instead of random ones.
+        nudged: every position is moved to the next number of float64, up or down at random.
     """
 
     seeds: int
@@ -76,6 +77,7 @@ class FlowSetting:
     end: float = 0.035
     records: int = 36
     mixed: bool = False
+    nudged: bool = False
 
     columns: ClassVar = ("seeds", "neurons", "eta", "epsilon", "end", "tolerance")
     divisible: ClassVar = True
@@ -87,9 +89,14 @@ class FlowSetting:
     def starts(self) -> np.ndarray:
         """The starting positions, `[seeds, neurons]`; fewer seeds are the first of more."""
         if self.mixed:
-            return mixed_starts(self.seeds, self.neurons, self.eta)[0]
-        draws = np.random.default_rng(2023).random((self.seeds, self.neurons))
-        return np.sort(draws, axis=1)
+            starts = mixed_starts(self.seeds, self.neurons, self.eta)[0]
+        else:
+            draws = np.random.default_rng(2023).random((self.seeds, self.neurons))
+            starts = np.sort(draws, axis=1)
+        if self.nudged:
+            up = np.random.default_rng(2026).random(starts.shape) < 0.5
+            starts = np.nextafter(starts, np.where(up, np.inf, -np.inf))
+        return starts
 
     def states(self) -> np.ndarray:
         """The starting states (a, u) with a = 0, `[seeds, 2 neurons + 1]`."""

@@ -204,6 +204,14 @@ def test_mixed_starts_are_what_they_say():
             assert np.sum((u < 0) | (u > 1)) >= 2
 
 
+def test_nudged_starts_are_one_ulp_away():
+    setting = FlowSetting(30, mixed=True)
+    starts = setting.starts()
+    moved = dataclasses.replace(setting, nudged=True).starts()
+    assert set(np.unique(np.sign(moved - starts))) == {-1, 1}
+    np.testing.assert_array_less(np.abs(moved - starts), 1.01 * np.spacing(np.abs(starts)))
+
+
 def test_errors_are_maxima_and_failures_are_not_errors():
     fast, slow = np.zeros((3, 4, 3)), np.zeros((3, 4, 2))
     reference = Answer(fast, slow, ["", "", ""])
@@ -213,12 +221,15 @@ def test_errors_are_maxima_and_failures_are_not_errors():
     off.fast[1] = np.nan
     np.testing.assert_array_equal(flow.errors(off, reference), [0.5, np.nan, 0.25])
     kinds = np.array(["random", "close", "random"])
-    told = flow._by_kind(kinds, flow.errors(off, reference), np.full(3, 1e-9))
+    ulp = np.array([1e-9, 1e-9, 1e-3])
+    told = flow._by_kind(kinds, flow.errors(off, reference), ulp)
     assert told["kinds"]["random"]["worst"] == 0.5
     assert told["kinds"]["random"]["median"] == 0.375
     assert told["kinds"]["close"]["unsolved"] == 1
     assert told["kinds"]["close"]["worst"] is None
-    assert [one["start"] for one in told["above"]] == [0, 2]
+    assert [(one["start"], one["sensitive"]) for one in told["above"]] == [(0, False), (2, True)]
+    assert told["kinds"]["random"]["sensitive"] == 1
+    assert told["worst"] == 0.5
     json.dumps(told, allow_nan=False)
 
 
@@ -322,10 +333,20 @@ def run():
     hard = {
         **measured("engine", 1e-8, 1e-8, [1.0]),
         "kinds": {
-            "close": {"starts": 3, "unsolved": 0, "median": 1e-8, "worst": 3e-6, "doubt": 1e-10}
+            "close": {
+                "starts": 3,
+                "unsolved": 0,
+                "median": 1e-8,
+                "worst": 3e-6,
+                "ulp": 1e-10,
+                "sensitive": 0,
+            }
         },
         "worst": 3e-6,
-        "above": [{"start": 7, "kind": "close", "error": 3e-6, "doubt": 1e-10}],
+        "above": [
+            {"start": 7, "kind": "close", "error": 3e-6, "ulp": 1e-10, "sensitive": False},
+            {"start": 8, "kind": "close", "error": 3e-6, "ulp": 1e-3, "sensitive": True},
+        ],
     }
     groups = {
         "accuracy": group(hard),
