@@ -136,8 +136,8 @@ def digits(value: float) -> str:
 def _ensembles(rows: list[Row], other_work: dict[tuple[str, str], str]) -> str:
     text = "## Seeds and precision\n\nns per seed-step (multiples of the time of `engine`)."
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        table = _by_peer([row for row in rows if row["dtype"] == dtype], "seeds", other_work)
-        text += f"\n\n{dtype}:\n\n{table}"
+        own = [row for row in rows if row["dtype"] == dtype]
+        text += f"\n\n{dtype}:\n\n{_by_peer(own, 'seeds', other_work)}"
     compiled = [
         (
             _LABELS.get(peer, peer),
