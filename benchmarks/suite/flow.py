@@ -187,7 +187,7 @@ def _single(
     }
     for row in rows:
         if row["skipped"] is None:
-            row |= known[row["peer"], row["tolerance"]]
+            row |= known.get((row["peer"], row["tolerance"]), {"error": None, "worst": None})
     return rows
 
 
