@@ -37,7 +37,7 @@ notebooks: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.suite --out $(OUT)/benchmarks
-	$(BIN)/python benchmarks/flow.py
+	$(BIN)/python -m benchmarks.suite flow --out $(OUT)/benchmarks
 
 clean:
 	rm -rf $(VENV) results

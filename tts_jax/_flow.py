@@ -20,7 +20,7 @@ from tts_jax._trajectory import Trajectory, raise_on_failure, record
 
 
 # Steps that stability asks of the explicit solver below which it is the faster one
-# (benchmarks/flow.py at m = 20; the estimate of the fastest rate is on the safe side).
+# (`python -m benchmarks.suite --only flow`; the estimate of the fastest rate is on the safe side).
 EXPLICIT_STEPS = 1500
 # Length of Tsit5's stability interval on the negative real axis.
 EXPLICIT_REACH = 3.3

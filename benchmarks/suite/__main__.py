@@ -1,38 +1,95 @@
 """Measure, compare with the baseline, report.
 
-    python -m benchmarks.suite                       everything but whole commands, some minutes
+    python -m benchmarks.suite                       SGD: all but whole commands, some minutes
+    python -m benchmarks.suite flow                  the gradient flow and its limits, some minutes
     python -m benchmarks.suite --quick --gate        a smaller run; exit code 1 if it is worse
     python -m benchmarks.suite --only commands       the figures at the paper's scale
+    python -m benchmarks.suite --only flow limit     two workloads of the flow
     python -m benchmarks.suite --replot              the report again, from the stored numbers
     python -m benchmarks.suite --update-baseline     measure, and commit the answer
 
-Writes run.json, report.md and report.png into `--out`. The baseline is benchmarks/results.json,
-with its report results.md and results.png beside it; `--update-baseline` puts the measured
-workloads in place of the baseline's and leaves the others.
+Writes run.json, report.md and report.png into `--out` (flow_run.json and so on for the flow). The
+baseline is benchmarks/results.json, or flow_results.json, with its report beside it;
+`--update-baseline` puts the measured workloads in place of the baseline's and leaves the others.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import Peer, peers_for
-from benchmarks.suite import machine, measure, metrics, report
+from benchmarks.peers import Peer, flow_peers_for, peers_for
+from benchmarks.suite import flow, flow_report, machine, measure, metrics, report
 
 
 HOME = Path(__file__).resolve().parents[1]
-BASELINE = HOME / "results.json"
-_DEFAULT = tuple(name for name in measure.WORKLOADS if name != "commands")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured: SGD, or the flow and its limits.
+
+    Attributes:
+        workloads: by name, in the order that they run in.
+        usual: those that run unless others are asked for.
+        prefix: of the files of a run and of the baseline.
+        full: how much to measure.
+        quick: the same for a smaller run.
+        peers: the peers of a backend.
+        markdown: the report of a run.
+        plot: the picture of a run.
+    """
+
+    workloads: Mapping[str, measure.Workload]
+    usual: tuple[str, ...]
+    prefix: str
+    full: measure.Effort
+    quick: measure.Effort
+    peers: Callable[[str], tuple[Peer, ...]]
+    markdown: Callable[..., str]
+    plot: Callable[..., bool]
+
+    @property
+    def baseline(self) -> Path:
+        """The committed results."""
+        return HOME / f"{self.prefix}results.json"
+
+
+SUBJECTS = {
+    "sgd": Subject(
+        measure.WORKLOADS,
+        tuple(name for name in measure.WORKLOADS if name != "commands"),
+        "",
+        measure.FULL,
+        measure.QUICK,
+        peers_for,
+        report.markdown,
+        report.plot,
+    ),
+    "flow": Subject(
+        flow.WORKLOADS,
+        tuple(flow.WORKLOADS),
+        "flow_",
+        flow.FULL,
+        flow.QUICK,
+        flow_peers_for,
+        flow_report.markdown,
+        flow_report.plot,
+    ),
+}
+_WORKLOADS = {name: subject for subject, s in SUBJECTS.items() for name in s.workloads}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; the exit code is 1 if the gate found something worse, else 0."""
     given = _parse(arguments)
     baseline = _load(given.baseline)
-    stored = given.out / "run.json"
+    subject: Subject = given.subject
+    stored = given.out / f"{subject.prefix}run.json"
     if given.replot:
         run = _load(stored)
         if run is None:
@@ -42,13 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = _measure(given)
         _write(stored, run)
     compared = None if baseline is None else metrics.compare(run, baseline)
-    _report(run, compared, given.out, "report")
+    _report(subject, run, compared, given.out, f"{subject.prefix}report")
     if given.update_baseline:
         groups = {} if baseline is None else baseline["groups"]
         merged = {"format": metrics.FORMAT, "groups": {**groups, **run["groups"]}}
         _write(given.baseline, merged)
-        _report(merged, None, given.baseline.parent, given.baseline.stem)
-    print((given.out / "report.md").read_text(encoding="utf-8"))
+        _report(subject, merged, None, given.baseline.parent, given.baseline.stem)
+    print((given.out / f"{subject.prefix}report.md").read_text(encoding="utf-8"))
     if not given.gate:
         return 0
     if compared is None:
@@ -63,9 +120,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "subject", nargs="?", choices=SUBJECTS, help="by default that of `--only`, or else sgd"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer, shorter measurements")
     parser.add_argument(
-        "--only", nargs="+", choices=measure.WORKLOADS, metavar="WORKLOAD", help="%(choices)s"
+        "--only", nargs="+", choices=_WORKLOADS, metavar="WORKLOAD", help="%(choices)s"
     )
     parser.add_argument("--peers", nargs="+", metavar="PEER", help="these peers alone")
     parser.add_argument(
@@ -77,10 +137,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--update-baseline", action="store_true", help="make this the baseline")
     parser.add_argument("--replot", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), metavar="DIR")
-    parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
+    parser.add_argument("--baseline", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
+    asked = {given.subject} - {None} | {_WORKLOADS[name] for name in given.only or ()}
+    if len(asked) > 1:
+        parser.error("argument --only: workloads of SGD and of the flow run one after the other")
+    given.subject = SUBJECTS[asked.pop() if asked else "sgd"]
+    given.baseline = given.baseline or given.subject.baseline
     given.backend = given.backend or _backend()
-    known = {peer.name: peer for peer in peers_for(given.backend)}
+    known = {peer.name: peer for peer in given.subject.peers(given.backend)}
     for name in given.peers or ():
         if name not in known:
             parser.error(f"argument --peers: {name!r} is not one of {', '.join(known)}")
@@ -96,18 +161,19 @@ def _backend() -> str:
 
 
 def _measure(given: argparse.Namespace) -> dict[str, Any]:
-    names = list(given.only or _DEFAULT)
+    subject: Subject = given.subject
+    names = list(given.only or subject.usual)
     if set(names) & set(metrics.TIMED) and "check" not in names:
         names = ["check", *names]  # equal work comes before time
-    names.sort(key=list(measure.WORKLOADS).index)
-    effort = measure.QUICK if given.quick else measure.FULL
+    names.sort(key=list(subject.workloads).index)
+    effort = subject.quick if given.quick else subject.full
     peers: list[Peer] = given.peers
     groups = {}
     for name in names:
         described = machine.describe(given.backend)
         print(f"{name} ...", file=sys.stderr, flush=True)
         with measure.pool(effort) as processes:
-            rows = measure.WORKLOADS[name](processes, peers, given.quick)
+            rows = subject.workloads[name](processes, peers, given.quick)
             described["devices"] = {
                 name: found for name, found in processes.devices.items() if found
             }
@@ -139,11 +205,15 @@ def _rounded(value: Any) -> Any:
 
 
 def _report(
-    run: dict[str, Any], compared: list[metrics.Comparison] | None, folder: Path, name: str
+    subject: Subject,
+    run: dict[str, Any],
+    compared: list[metrics.Comparison] | None,
+    folder: Path,
+    name: str,
 ) -> None:
     picture = folder / f"{name}.png"
-    drawn = report.plot(run, picture)
-    text = report.markdown(run, compared, picture.name if drawn else None)
+    drawn = subject.plot(run, picture)
+    text = subject.markdown(run, compared, picture.name if drawn else None)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 

@@ -7,7 +7,8 @@ import platform
 from typing import Any
 
 
-_PACKAGES = ("tts_jax", "jax", "jaxlib", "numba", "llvmlite", "torch", "numpy", "scipy")
+_PACKAGES = ("tts_jax", "jax", "jaxlib", "diffrax", "numba", "llvmlite", "torch", "numpy")
+_PACKAGES += ("scipy", "scikit-sundae")
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import REFERENCE, Peer
-from benchmarks.setting import Setting
+from benchmarks.setting import FlowSetting, Setting
 from benchmarks.suite import equal_work, machine
 from benchmarks.suite.session import PeerError, Session
 
@@ -33,12 +33,14 @@ class Effort:
     Attributes:
         rounds: rounds of a cell.
         seconds: seconds of one peer in a round.
+        calls: calls of one peer in a round, of which the fastest counts.
         timeout: seconds that a peer may take for one answer.
     """
 
     rounds: int
     seconds: float
     timeout: float
+    calls: int = 3
 
 
 FULL = Effort(rounds=5, seconds=0.5, timeout=300.0)
@@ -67,8 +69,10 @@ class Pool:
         self._sessions: dict[str, Session] = {}
         self._missing: dict[str, str] = {}
 
-    def ask(self, peer: Peer, op: str, **arguments: Any) -> dict[str, Any]:
-        """Ask a peer.
+    def ask(
+        self, peer: Peer, op: str, *, timeout: float | None = None, **arguments: Any
+    ) -> dict[str, Any]:
+        """Ask a peer; `timeout` seconds, by default those of the effort.
 
         Raises:
             PeerError: it does not answer; one that could not start is not tried again.
@@ -85,7 +89,16 @@ class Pool:
                 self._missing[peer.name] = str(error)
                 raise
             self.devices[peer.name] = hello["devices"]
-        return session.ask(op, timeout=self.effort.timeout, **arguments)
+        return session.ask(op, timeout=timeout or self.effort.timeout, **arguments)
+
+    @contextmanager
+    def at(self, effort: Effort) -> Iterator[None]:
+        """Another effort for a while."""
+        usual, self.effort = self.effort, effort
+        try:
+            yield
+        finally:
+            self.effort = usual
 
     def drop(self, peer: Peer) -> None:
         """End the process of a peer."""
@@ -113,23 +126,29 @@ def pool(effort: Effort) -> Iterator[Pool]:
 # --- time -------------------------------------------------------------------------------------
 
 
-def time_cell(processes: Pool, peers: Iterable[Peer], setting: Setting) -> list[Row]:
-    """One row per peer: nanoseconds per seed-step in every round, or why there are none."""
+def time_cell(
+    processes: Pool,
+    peers: Iterable[Peer],
+    setting: Setting | FlowSetting,
+    after: Callable[[Peer, Row], None] | None = None,
+) -> list[Row]:
+    """One row per peer: nanoseconds per seed-step in every round, or why there are none.
+
+    `after` may ask a peer that has been timed for more.
+    """
     rows, running = [], []
     for peer in peers:
-        row: Row = {
-            "peer": peer.name,
-            "seeds": setting.seeds,
-            "dtype": setting.dtype,
-            "neurons": setting.neurons,
-            "skipped": None,
-        }
+        own = setting
+        if setting.divisible:
+            own = dataclasses.replace(setting, seeds=min(setting.seeds, peer.most_seeds))
+        row: Row = {"peer": peer.name, **{name: getattr(own, name) for name in own.columns}}
+        row["skipped"] = None
         rows.append(row)
-        if setting.seeds > peer.most_seeds:
+        if own.seeds > peer.most_seeds:
             row["skipped"] = f"a step of {setting.seeds} seeds takes too long"
             continue
-        with _noting(row):
-            row.update(processes.ask(peer, "build", setting=dataclasses.asdict(setting)))
+        with noting(row):
+            row.update(processes.ask(peer, "build", setting=dataclasses.asdict(own)))
             row["ns"] = []
             running.append((peer, row))
     for turn in range(processes.effort.rounds):
@@ -137,15 +156,20 @@ def time_cell(processes: Pool, peers: Iterable[Peer], setting: Setting) -> list[
         if turn:
             running = running[1:] + running[:1]
         for peer, row in running:
-            with _noting(row):
-                timed = processes.ask(peer, "time", seconds=processes.effort.seconds)
+            with noting(row):
+                effort = processes.effort
+                timed = processes.ask(peer, "time", seconds=effort.seconds, calls=effort.calls)
                 per_step = timed["seconds"] / timed["steps"]
-                row["ns"].append(per_step / setting.seeds * 1e9)
+                row["ns"].append(per_step / row["seeds"] * 1e9)
+    for peer, row in running if after is not None else ():
+        if row["skipped"] is None:
+            with noting(row):
+                after(peer, row)
     return rows
 
 
 @contextmanager
-def _noting(row: Row) -> Iterator[None]:
+def noting(row: Row) -> Iterator[None]:
     """Let the failure of a peer be the reason in its row."""
     try:
         yield
@@ -209,7 +233,7 @@ def check(processes: Pool, peers: list[Peer], quick: bool) -> list[Row]:
         for peer in peers:
             row: Row = {"peer": peer.name, "dtype": dtype, "skipped": None}
             rows.append(row)
-            with _noting(row):
+            with noting(row):
                 ensemble = _final_ensemble(processes, peer, dtype)
                 if peer.name == REFERENCE:
                     reference = ensemble
@@ -239,7 +263,7 @@ def memory(processes: Pool, peers: list[Peer], quick: bool) -> list[Row]:
             row["skipped"] = f"a step of {count} seeds takes too long"
             continue
         timeout = processes.effort.timeout
-        with _noting(row), Session(peer) as session:
+        with noting(row), Session(peer) as session:
             row["imports"] = session.ask("hello", timeout=timeout)["resident"]
             setting = dataclasses.asdict(_setting(count, "float32"))
             session.ask("build", setting=setting, timeout=timeout)

@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.peers import CPU_PEERS, GPU_PEERS, REFERENCE
+from benchmarks.peers import (
+    CPU_PEERS,
+    FLOW_PEERS,
+    GPU_FLOW_PEERS,
+    GPU_PEERS,
+    LIMIT_PEER,
+    REFERENCE,
+    SHARP_PEER,
+)
 from benchmarks.suite.measure import Row
 
 
@@ -21,7 +29,10 @@ TIMED = ("ensembles", "neurons", "seeds")  # workloads whose rows hold times
 
 Verdict = Literal["worse", "better", "same", "new", "other machine"]
 
-_OWN = {peer.name for peer in (*CPU_PEERS, *GPU_PEERS) if peer.own}
+_EVERY = (*CPU_PEERS, *GPU_PEERS, *FLOW_PEERS, *GPU_FLOW_PEERS, LIMIT_PEER, SHARP_PEER)
+_OWN = {peer.name for peer in _EVERY if peer.own}
+
+EQUAL_ERRORS = (1e-6, 1e-8)  # at which the solvers of the flow are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,57 @@ def not_comparable(run: dict[str, Any]) -> dict[tuple[str, str], str]:
     return found
 
 
+# --- work against precision -------------------------------------------------------------------
+
+
+Batch = tuple[float, float, float, int, bool]  # ε, last τ, η, m, whether it is a single start
+
+
+def batches(rows: Iterable[Row]) -> dict[Batch, dict[str, list[Row]]]:
+    """Rows of the flow by batch, then by peer; one row a tolerance."""
+    found: dict[Batch, dict[str, list[Row]]] = {}
+    for row in rows:
+        place = row["epsilon"], row["end"], row["eta"], row["neurons"], row["seeds"] == 1
+        found.setdefault(place, {}).setdefault(row["peer"], []).append(row)
+    return found
+
+
+def times_at(error: float, rows: Iterable[Row], *, at_most: bool = False) -> list[float]:
+    """Nanoseconds per solve at which a peer reaches `error`, in every round, by log-log
+    interpolation over its tolerances; empty outside what was measured.
+
+    With `at_most` an error above all measured ones gets the time of the largest, which is then a
+    bound.
+    """
+    points = {row["error"]: row["ns"] for row in rows if "ns" in row and row.get("error")}
+    known = sorted(points)
+    if not known or error < known[0] or (error > known[-1] and not at_most):
+        return []
+    x = np.log(known)
+    rounds = np.log([points[one] for one in known]).T
+    return [float(np.exp(np.interp(np.log(error), x, y))) for y in rounds]
+
+
+def equal_error_ratios(
+    error: float, rows: Iterable[Row], reference: Iterable[Row], *, at_most: bool = False
+) -> list[float]:
+    """The time of a peer over that of the reference at equal error, in every round."""
+    theirs, ours = times_at(error, rows), times_at(error, reference, at_most=at_most)
+    return [a / b for a, b in zip(theirs, ours, strict=True)] if theirs and ours else []
+
+
+def neuron_exponent(rows: Iterable[Row], peer: str, *, fixed_gap: bool) -> float | None:
+    """The slope of log time per solve in log m at a tolerance of 1e-7, at fixed gap/η or η."""
+    chosen = [row for row in rows if row["tolerance"] == 1e-7 and follows(row, fixed_gap)]
+    return exponent(chosen, peer, "neurons")
+
+
+def follows(row: Row, fixed_gap: bool) -> bool:
+    """Whether a row of `flow-neurons` lies on the line of fixed gap/η, or of fixed η."""
+    paper = 4e-3  # at m = 20, where the lines meet
+    return bool(np.isclose(row["eta"], paper * 20 / row["neurons"] if fixed_gap else paper))
+
+
 # --- metrics ----------------------------------------------------------------------------------
 
 
@@ -129,6 +191,10 @@ def metrics(run: dict[str, Any]) -> list[Metric]:
             found.extend(_times(name, rows, other_work))
         elif name == "memory":
             found.extend(_memory(rows))
+        elif name == "accuracy":
+            found.extend(_accuracy(rows))
+        elif name in ("flow", "flow-neurons", "limit", "sharp"):
+            found.extend(_flows(name, rows))
         elif name == "commands":
             for row in rows:
                 if not row["skipped"]:
@@ -139,6 +205,8 @@ def metrics(run: dict[str, Any]) -> list[Metric]:
 
 def _place(row: Row) -> list[str]:
     units = {"dtype": "{}", "seeds": "{} seeds", "neurons": "{} neurons"}
+    units |= {"eta": "eta {:g}", "epsilon": "epsilon {:g}", "end": "tau {:g}"}
+    units |= {"tolerance": "tolerance {:g}"}
     return [unit.format(row[name]) for name, unit in units.items() if name in row]
 
 
@@ -177,6 +245,64 @@ def _memory(rows: list[Row]) -> Iterator[Metric]:
         if not row["skipped"] and row["peer"] in _OWN and row["peak"] is not None:
             key = "/".join(["memory", *_place(row), row["peer"]])
             yield Metric(key, row["peak"] / 2**20, "MiB", "less", 0.3)
+
+
+def _accuracy(rows: list[Row]) -> Iterator[Metric]:
+    for row in rows:
+        if not row["skipped"]:
+            key = "/".join(["accuracy", *_place(row), row["peer"]])
+            if row["worst"] is not None:
+                yield Metric(f"{key}/worst error", row["worst"], "", "less", 1.0, True)
+            failed = sum(row["failed"].values())
+            yield Metric(f"{key}/failed", float(failed), "starts", "less", 0.0, True)
+            above = [one for one in row["above"] if not one["sensitive"]]
+            yield Metric(f"{key}/above 1e-6", float(len(above)), "starts", "less", 0.0, True)
+
+
+def _flows(name: str, rows: list[Row]) -> Iterator[Metric]:
+    for row in rows:
+        if row["skipped"] or row["peer"] not in _OWN:
+            continue
+        key = "/".join([name, *_place(row), row["peer"]])
+        yield Metric(f"{key}/time", best(row), "ns", "less", 0.5)
+        failed = sum(row["failed"].values())
+        yield Metric(f"{key}/failed", float(failed), "starts", "less", 0.0, True)
+        if row.get("error") and row["seeds"] > 1:
+            yield Metric(f"{key}/error", row["error"], "", "less", 1.0, True)
+    if name == "sharp":
+        return
+    for (epsilon, end, eta, count, single), peers in batches(rows).items():
+        place = f"{name}/{count} neurons/eta {eta:g}/epsilon {epsilon:g}/tau {end:g}"
+        place += "/single" if single else ""
+        ours = peers.get(REFERENCE, [])
+        for peer, theirs in peers.items():
+            if peer == REFERENCE:
+                continue
+            for error, within in _ratios_of(name, theirs, ours):
+                key = f"{place}/{peer}/ratio at error {error}"
+                median = float(np.median(within))
+                # of `limit` the time counts, of the others how much slower they are
+                yield Metric(key, median, "x", "less" if name == "limit" else "more", 0.35)
+    if name == "flow-neurons":
+        for peer in sorted(_OWN & {row["peer"] for row in rows}):
+            for fixed_gap, line in ((True, "gap/eta"), (False, "eta")):
+                slope = neuron_exponent(rows, peer, fixed_gap=fixed_gap)
+                if slope is not None:
+                    key = f"{name}/{peer}/exponent at fixed {line}"
+                    yield Metric(key, slope, "", "less", 0.25)
+
+
+def _ratios_of(name: str, theirs: list[Row], ours: list[Row]) -> Iterator[tuple[str, list[float]]]:
+    """Ratios at the errors that are compared, with a word for each error."""
+    if name == "flow-neurons":
+        if len(theirs) == 1 and theirs[0].get("error"):
+            error = theirs[0]["error"]
+            if within := equal_error_ratios(error, theirs, ours, at_most=True):
+                yield "its own", within
+        return
+    for error in EQUAL_ERRORS:
+        if within := equal_error_ratios(error, theirs, ours):
+            yield f"{error:g}", within
 
 
 # --- the gate ---------------------------------------------------------------------------------

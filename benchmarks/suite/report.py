@@ -27,11 +27,11 @@ shared machine vary by tenths; the ratios carry over better.
 def markdown(run: dict[str, Any], comparisons: list[Comparison] | None, plot: str | None) -> str:
     """The report; `comparisons` with the baseline and the file name of the plot if there are."""
     groups = run["groups"]
-    parts = ["# What SGD costs", _METHOD, _machines(run)]
+    parts = ["# What SGD costs", _METHOD, machines(run)]
     if plot is not None:
         parts.append(f"![Time per seed-step of the peers]({plot})")
     if comparisons is not None:
-        parts.append(_comparison(comparisons))
+        parts.append(comparison(comparisons))
     other_work = not_comparable(run)
     if "check" in groups:
         parts.append(_check(groups["check"]["rows"]))
@@ -47,17 +47,19 @@ def markdown(run: dict[str, Any], comparisons: list[Comparison] | None, plot: st
         parts.append(_memory(groups["memory"]["rows"]))
     if "commands" in groups:
         parts.append(_commands(groups["commands"]["rows"]))
-    parts.append(_skipped(groups))
+    parts.append(left_out(groups))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, numbers to the right."""
     header = list(header)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _machines(run: dict[str, Any]) -> str:
+def machines(run: dict[str, Any]) -> str:
+    """What each workload ran on."""
     merged: dict[str, list[str]] = {}
     for name, group in run["groups"].items():
         machine = group["machine"]
@@ -77,7 +79,8 @@ def _machines(run: dict[str, Any]) -> str:
     return "\n".join(f"- {', '.join(names)}: {line}" for line, names in merged.items())
 
 
-def _comparison(comparisons: list[Comparison]) -> str:
+def comparison(comparisons: list[Comparison]) -> str:
+    """What became better or worse than the baseline."""
     told = [one for one in comparisons if one.verdict in ("worse", "better")]
     counts = ", ".join(
         f"{sum(one.verdict == verdict for one in comparisons)} {verdict}"
@@ -90,7 +93,7 @@ def _comparison(comparisons: list[Comparison]) -> str:
         (one.key, one.verdict, f"{one.baseline:.4g}", f"{one.current:.4g}", one.unit)
         for one in sorted(told, key=lambda one: one.verdict, reverse=True)
     ]
-    return text + "\n\n" + _table(("metric", "", "baseline", "now", "unit"), rows)
+    return text + "\n\n" + table(("metric", "", "baseline", "now", "unit"), rows)
 
 
 def _check(rows: list[Row]) -> str:
@@ -109,31 +112,32 @@ def _check(rows: list[Row]) -> str:
     return (
         "## Equal work\n\nFinal population loss and mean move of the positions of short ensembles "
         f"from equal starts, against `{REFERENCE}` (its first seeds where a peer has fewer); p of "
-        "the two-sample Kolmogorov–Smirnov test.\n\n" + _table(header, lines)
+        "the two-sample Kolmogorov–Smirnov test.\n\n" + table(header, lines)
     )
 
 
 def _time(row: Row, cell: list[Row], other_work: dict[tuple[str, str], str]) -> str:
     if row["skipped"]:
         return "–"
-    text = _digits(best(row))
+    text = digits(best(row))
     if (row["peer"], row["dtype"]) in other_work:
         return f"({text}, not comparable)"
     within = ratios(row, cell)
     if row["peer"] == REFERENCE or not within:
         return text
-    return f"{text} ({_digits(float(np.median(within)))}×)"
+    return f"{text} ({digits(float(np.median(within)))}×)"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _ensembles(rows: list[Row], other_work: dict[tuple[str, str], str]) -> str:
     text = "## Seeds and precision\n\nns per seed-step (multiples of the time of `engine`)."
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        table = _by_peer([row for row in rows if row["dtype"] == dtype], "seeds", other_work)
-        text += f"\n\n{dtype}:\n\n{table}"
+        own = [row for row in rows if row["dtype"] == dtype]
+        text += f"\n\n{dtype}:\n\n{_by_peer(own, 'seeds', other_work)}"
     compiled = [
         (
             _LABELS.get(peer, peer),
@@ -162,7 +166,7 @@ def _ensembles(rows: list[Row], other_work: dict[tuple[str, str], str]) -> str:
         )
     if paper:
         text += f"\n\nThe paper's 1.75e8 steps by `{REFERENCE}`: {'; '.join(paper)}."
-    return text + "\n\nCompilation, at most:\n\n" + _table(("peer", "seconds"), compiled)
+    return text + "\n\nCompilation, at most:\n\n" + table(("peer", "seconds"), compiled)
 
 
 def _by_peer(rows: list[Row], axis: str, other_work: dict[tuple[str, str], str]) -> str:
@@ -175,7 +179,7 @@ def _by_peer(rows: list[Row], axis: str, other_work: dict[tuple[str, str], str])
         [_LABELS.get(peer, peer), *(entries.get(column, "–") for column in columns)]
         for peer, entries in places.items()
     ]
-    return _table(
+    return table(
         ["peer", *(f"{column} {axis if column > 1 else axis[:-1]}" for column in columns)], lines
     )
 
@@ -210,25 +214,33 @@ def _memory(rows: list[Row]) -> str:
         return ""
     header = ("peer", "after imports, MiB", "peak, MiB", "difference per seed, KiB")
     title = f"## Memory\n\n{rows[0]['seeds']} seeds, float32, compilation included."
-    return f"{title}\n\n{_table(header, lines)}"
+    return f"{title}\n\n{table(header, lines)}"
 
 
 def _commands(rows: list[Row]) -> str:
     lines = [(f"`{row['command']}`", f"{row['seconds']:.1f}") for row in rows if not row["skipped"]]
-    return "## Whole commands\n\n" + _table(("command", "seconds"), lines) if lines else ""
+    return "## Whole commands\n\n" + table(("command", "seconds"), lines) if lines else ""
 
 
-def _skipped(groups: dict[str, Any]) -> str:
-    reasons: dict[tuple[str, str], list[str]] = {}
+def left_out(groups: dict[str, Any]) -> str:
+    """Every row that was skipped, with the reason."""
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, group in groups.items():
         for row in group["rows"]:
             if row["skipped"]:
                 place = " ".join(str(row[k]) for k in ("seeds", "dtype", "neurons") if k in row)
                 who = row.get("peer") or row["command"]
-                reasons.setdefault((who, row["skipped"]), []).append(f"{name} {place}".strip())
+                where = reasons.setdefault((who, row["skipped"]), {})
+                where.setdefault(name, []).append(f"{name} {place}".strip())
     if not reasons:
         return ""
-    lines = [f"- {who} ({', '.join(where)}): {why}" for (who, why), where in reasons.items()]
+    lines = []
+    for (who, why), where in reasons.items():
+        places = [
+            ", ".join(dict.fromkeys(found)) if len(found) < 4 else f"{name}, {len(found)} cells"
+            for name, found in where.items()
+        ]
+        lines.append(f"- {who} ({', '.join(places)}): {why}")
     return "## Left out\n\n" + "\n".join(lines)
 
 
@@ -277,7 +289,7 @@ def _bars(ax: Any, rows: list[Row], colors: dict[str, str]) -> None:
         place = names.index(row["peer"])
         if row["dtype"] == "float32":
             ax.barh(place, best(row), color=colors[row["peer"]], height=0.7)
-            ax.text(best(row), place, f" {_digits(best(row))}", va="center", fontsize=8)
+            ax.text(best(row), place, f" {digits(best(row))}", va="center", fontsize=8)
         else:
             ax.plot(best(row), place - 0.28, "k|", ms=9)
     ax.plot([], [], "k|", label="float64")

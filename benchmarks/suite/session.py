@@ -24,7 +24,12 @@ class Session:
     """The process of a peer, started at once; a context manager that ends it."""
 
     def __init__(self, peer: Peer) -> None:
-        described = {"build": peer.build, "options": dict(peer.options), "backend": peer.backend}
+        described = {
+            "build": peer.build,
+            "options": dict(peer.options),
+            "backend": peer.backend,
+            "setting": peer.setting,
+        }
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.suite.worker", json.dumps(described)],

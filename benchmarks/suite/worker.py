@@ -2,10 +2,11 @@
 
     {"op": "hello"}                                    -> {"devices", "resident"}
     {"op": "build", "setting": {...}}                  -> {"layout", "compile_seconds"}
-    {"op": "time", "seconds": s}                       -> {"steps", "seconds"}, the fastest of three
+    {"op": "time", "seconds": s, "calls": n}           -> {"steps", "seconds"}, the fastest of n
     {"op": "start", "setting": {...}}                  -> {}, an ensemble at its start
     {"op": "advance", "steps": n}                      -> {}
     {"op": "read"}                                     -> {"weights", "positions"}
+    {"op": "save", "path": "..."}                      -> {"reasons"}, an `Answer` in a file
     {"op": "memory"}                                   -> {"peak"}, bytes
 
 An exception is answered by {"error": "..."}; the process then goes on.
@@ -18,17 +19,25 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.setting import Run, Setting
+import numpy as np
 
-
-_CALLS = 3  # timed calls per request
+from benchmarks import setting as settings
+from benchmarks.setting import Run
 
 
 class Worker:
-    """One peer and the ensemble that it has under way."""
+    """One peer and the ensemble that it has under way.
 
-    def __init__(self, build: str, options: dict[str, Any], backend: str) -> None:
+    Arguments:
+        build: `"module:callable"` that makes the peer's `Run`.
+        options: further keyword arguments of the callable.
+        backend: JAX's, if the peer uses JAX.
+        setting: the class of its settings.
+    """
+
+    def __init__(self, build: str, options: dict[str, Any], backend: str, setting: str) -> None:
         self._build, self._options, self._backend = build, options, backend
+        self._setting = getattr(settings, setting)
         self._run: Run | None = None
         self._step_seconds = 0.0
 
@@ -56,7 +65,7 @@ class Worker:
     def build(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Start an ensemble and take a few steps."""
         self._run = None
-        self._run = run = self._load()(Setting(**setting), **self._options)
+        self._run = run = self._load()(self._setting(**setting), **self._options)
         steps, seconds = run.chunk, 0.0
         while True:
             seconds = self._timed(steps)
@@ -66,13 +75,13 @@ class Worker:
         self._step_seconds = seconds / steps
         return {"layout": run.layout, "compile_seconds": run.compile_seconds}
 
-    def time(self, seconds: float) -> dict[str, Any]:
-        """The fastest of a few calls that take about `seconds` together."""
+    def time(self, seconds: float, calls: int) -> dict[str, Any]:
+        """The fastest of `calls` calls that take about `seconds` together."""
         chunk = self._ensemble().chunk
-        calls = max(1, round(seconds / _CALLS / self._step_seconds / chunk))
-        best = min(self._timed(calls * chunk) for _ in range(_CALLS))
-        self._step_seconds = best / (calls * chunk)
-        return {"steps": calls * chunk, "seconds": best}
+        steps = chunk * max(1, round(seconds / calls / self._step_seconds / chunk))
+        best = min(self._timed(steps) for _ in range(calls))
+        self._step_seconds = best / steps
+        return {"steps": steps, "seconds": best}
 
     def advance(self, steps: int) -> dict[str, Any]:
         """Take `steps` steps."""
@@ -82,13 +91,19 @@ class Worker:
     def start(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Start an ensemble and leave it at its start."""
         self._run = None
-        self._run = self._load()(Setting(**setting), **self._options)
+        self._run = self._load()(self._setting(**setting), **self._options)
         return {}
 
     def read(self) -> dict[str, Any]:
         """The states."""
         weights, positions = self._ensemble().read()
         return {"weights": weights.tolist(), "positions": positions.tolist()}
+
+    def save(self, path: str) -> dict[str, Any]:
+        """Write the answer of a flow."""
+        fast, slow, reasons = self._ensemble().answer()
+        np.savez(path, fast=fast, slow=slow)
+        return {"reasons": reasons}
 
     def memory(self) -> dict[str, Any]:
         """The most memory that the process has had."""
@@ -98,7 +113,7 @@ class Worker:
         module, name = self._build.split(":")
         return getattr(importlib.import_module(module), name)
 
-    def _ensemble(self) -> Run:
+    def _ensemble(self) -> Any:
         if self._run is None:
             raise RuntimeError("no ensemble was built")
         return self._run
