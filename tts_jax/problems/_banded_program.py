@@ -55,7 +55,9 @@ VECTORS = {
     "misfit": "m + 2",  # E_j = ∫(f − f*)σ′_j/η
     "left": "m + 2",  # −u/η
     "right_end": "m + 2",  # (u − 1)/η
-    "order": "m + 2",  # which neuron of the caller this is
+    "order": "m + 2",  # which group of coincident neurons of the caller this is
+    "share": "m + 2",  # one over their number, and their number
+    "count": "m + 2",
     # of the jump that counts for a neuron: its place, its size, f* before it, ∫f* up to it, and
     # between which positions no other jump counts
     "near": "m + 2",
@@ -78,7 +80,7 @@ SIZES = ("neurons", "jumps", "times", "starts", "max_steps", "reduced", "apart",
 SHARED = (
     *("numbers", "sizes", "queue", "tau"),
     *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
-    *("start_state", "start_order", "start_epsilon"),
+    *("start_state", "start_order", "start_share", "start_epsilon"),
     *("record_state", "record_order", "loss", "fast", "slow"),
     *("status", "step_count", "accept_count", "bandwidth", "record_count", "reached", "which"),
 )
@@ -529,8 +531,9 @@ class Program:
         y, bound = w.vectors(w.arguments[1]), w.index(w.arguments[2])
         m, jumps, stride = scope.m, scope.size("jumps"), scope.stride
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        names = ("place", "edge", "misfit", "weight", "band")
-        place, edge, misfit, weight, band = map(scope.array, names)
+        names = ("place", "edge", "misfit", "weight", "share", "count", "band")
+        place, edge, misfit, weight, share, count, band = map(scope.array, names)
+        share[0], share[m + 1] = 1.0, 0.0
         jump, height, near, size = map(scope.array, ("jump", "height", "near", "size"))
         apart = scope.size("apart") > 0
         lane = scope.array("lane")
@@ -540,13 +543,13 @@ class Program:
             band[spot] = 0.0
         own = eta * (-2.0 * _step.NEAR_MEAN[0])
         with w.range(0, m + 1) as k:
-            band[k * 2 * stride] = (edge[k + 1] - edge[k]) * 2.0 + inertia * 2.0
-        band[m * 2 * stride] = band[m * 2 * stride] - inertia
+            ends = share[k] + share[k + 1]
+            band[k * 2 * stride] = (edge[k + 1] - edge[k]) * 2.0 + inertia * ends
         crossing = w.variable(w.real(0.0) > 1.0)
         with w.range(1, m + 1) as j:
             a, error, u = weight[j], misfit[j], place[j]
             crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
-            self._add(scope, j * 2, 2, -inertia)
+            self._add(scope, j * 2, 2, -(inertia * share[j]))
             self._self_overlap(scope, j, own)
             self._add(scope, j * 2, 1, error * -2.0 - a)
             self._add(scope, j * 2 - 1, 1, error * 2.0 - a)
@@ -558,7 +561,7 @@ class Program:
                     t = w.maximum(0.5 - w.abs((u - jump[k]) * per_eta), 0.0)
                     slope.set(slope.get() + height[k] * (t * t))
             curvature = (a * slope.get()) * (per_eta * 24.0)
-            self._add(scope, j * 2 - 1, 0, curvature + rate)
+            self._add(scope, j * 2 - 1, 0, curvature + rate * count[j])
         with w.range(1, m) as i:
             a, u = weight[i], place[i]
             with w.range(i + 1, self._least(w, i + bound, m) + 1) as j:
@@ -746,10 +749,12 @@ class Program:
         """attempt(table, K): k_i and y at the end of a step; the K that was wide enough."""
         w, scope = self._function("attempt", (WHOLE,), WHOLE)
         bound = w.variable(w.index(w.arguments[1]))
-        names = ("state", "next", "stage", "right", "slope", "stages", "lane")
-        state, following, stage, right, slope, stages, lane = map(scope.array, names)
+        names = ("state", "next", "stage", "right", "slope", "stages", "lane", "share", "count")
+        state, following, stage, right, slope, stages, lane, share, count = map(scope.array, names)
         rows, m, widest = scope.rows, scope.m, scope.size("widest_band")
         lane[WILD] = 0.0
+        with w.range(1, m + 1) as j:
+            count[j] = 1.0 / share[j]
         with w.repeat() as turn:
 
             def widen_if(narrow: Mask) -> None:
@@ -793,16 +798,15 @@ class Program:
                         for j in range(1, i):
                             mixed = mixed + k[j][row] * float(C[i, j])
                         right[row] = Real(w, mixed.ir) * per_step
-                    # M: the second difference on F
+                    # M: on F the second difference of the groups' shares
                     fast = Real(w, epsilon.ir)
-                    now[0] = now[0] + fast * (right[0] * 2.0 - right[2])
-                    with w.range(1, m) as row:
-                        middle = row * 2
-                        bent = right[middle] * 2.0 - right[middle - 2] - right[middle + 2]
-                        now[middle] = now[middle] + fast * bent
-                    now[m * 2] = now[m * 2] + fast * (right[m * 2] - right[m * 2 - 2])
-                    with w.range(1, rows, 2) as row:
-                        now[row] = now[row] + right[row]
+                    flux = w.variable(right[0] * share[0])
+                    with w.range(0, m) as j:
+                        ahead_flux = (right[j * 2 + 2] - right[j * 2]) * share[j + 1]
+                        now[j * 2] = now[j * 2] + fast * (flux.get() - ahead_flux)
+                        flux.set(ahead_flux)
+                        now[j * 2 + 1] = now[j * 2 + 1] + right[j * 2 + 1] * count[j + 1]
+                    now[m * 2] = now[m * 2] + fast * flux.get()
                 w.call(self.solve, w.arguments[0], now.base, bound.get())
             with w.range(0, rows) as row:
                 following[row] = stage[row] + k[STAGES - 1][row]
@@ -893,6 +897,8 @@ class Program:
             given = scope.array("start_state")
             with w.range(0, rows) as row:
                 self._put(scope, "state", row, lane, given[row])
+            with w.range(1, m + 1) as j:
+                self._put(scope, "share", j, lane, 1.0)
         with w.when(start < starts):
             self._put(scope, "lane", LIVE, lane, 1.0)
             epsilon = scope.array("start_epsilon")[start]
@@ -911,9 +917,10 @@ class Program:
                 self._put(scope, "next", row, lane, given[row])
                 for i in range(3):
                     self._put(scope, "dense", rows * i + row, lane, 0.0)
-            order = scope.array("start_order").offset(start * m)
-            with w.range(0, m) as j:
-                self._put(scope, "order", j + 1, lane, order[j])
+            for name in ("order", "share"):
+                given = scope.array(f"start_{name}").offset(start * m)
+                with w.range(0, m) as j:
+                    self._put(scope, name, j + 1, lane, given[j])
             with w.when(scope.array("tau")[0] <= 0.0):
                 w.call(self.record, w.arguments[0], lane, w.number(0.0))
         w.give()
@@ -956,7 +963,8 @@ class Program:
 
     def _sort(self, w: Writer, scope: Scope) -> None:
         """Put the neurons of every lane in order again."""
-        state, order, m = scope.array("state"), scope.array("order"), scope.m
+        state, order, share = map(scope.array, ("state", "order", "share"))
+        m = scope.m
         with w.repeat() as turn:
             moved = w.variable(w.real(0.0) > 1.0)
             with w.range(1, m) as k:
@@ -969,9 +977,10 @@ class Program:
                     own = state[k * 2]
                     other = state[k * 2 - 2] + state[k * 2 + 2] - own
                     state[k * 2] = w.where(swap, other, own)
-                    first, second = order[k], order[k + 1]
-                    order[k] = w.where(swap, second, first)
-                    order[k + 1] = w.where(swap, first, second)
+                    for labels in (order, share):
+                        first, second = labels[k], labels[k + 1]
+                        labels[k] = w.where(swap, second, first)
+                        labels[k + 1] = w.where(swap, first, second)
             turn.stop_if(~w.any(moved.get()))
 
     def _advance(self) -> Writer:
@@ -1088,6 +1097,8 @@ class Program:
             given = scope.array(order).offset(which * scope.m)
             with w.range(0, scope.m) as j:
                 self._put(scope, "order", j + 1, each, given[j])
+                self._put(scope, "share", j + 1, each, 1.0)
+                self._put(scope, "count", j + 1, each, 1.0)
 
     def _settle(self) -> Writer:
         """settle(table, first, last): the listed starts onto the critical manifold."""

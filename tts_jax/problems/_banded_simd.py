@@ -70,54 +70,89 @@ def solve(
     rtol: float,
     atol: float,
     max_steps: int,
-    reduced: bool,
     lanes: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Solve starts `[starts, m+1]`, `[starts, m]` with ε `[starts]`, or the reduced flow.
+    """Solve the flow from starts `[starts, m+1]`, `[starts, m]` with ε `[starts]`.
+
+    Where all ε are 0 it is the reduced flow. Neurons that coincide and have the same weight do so
+    for ever, so they are one neuron with a count: rounding cannot part them.
 
     Returns:
-        The answer of `flow`, with `[starts]` in front.
+        Fast and slow variable, loss and status as `flow` answers them, with `[starts]` in front,
+        and the statistics steps, accepted, rejected, bandwidth and reached. A start with more
+        overlapping neighbours than the band has room for has the status `TOO_WIDE`.
     """
-    count, times, m = slow.shape[0], tau.shape[0], slow.shape[1]
-    threads = min(threads or _compat.cores(), count)
-    if lanes is None:
-        lanes = 4 if count <= FEW * threads else 8
-    answer = {
-        "fast": np.full((count, times, m + 1), np.nan),
-        "slow": np.full((count, times, m), np.nan),
-        "loss": np.full((count, times), np.nan),
-        "status": np.full(count, int(Status.SOLVER_FAILED), np.int64),
-        "steps": np.zeros(count, np.int64),
-        "accepted": np.zeros(count, np.int64),
-        "bandwidth": np.zeros(count, np.int64),
-        "reached": np.zeros(count),
-    }
-    chunk = max(64 * threads * lanes, MEMORY // (8 * times * (3 * m + 1)))
-    for first in range(0, count, chunk):
-        part = slice(first, first + chunk)
-        _solve_chunk(
-            problem,
-            *(np.ascontiguousarray(x[part], float) for x in (fast, slow, epsilon)),
-            np.asarray(tau, float),
-            {name: value[part] for name, value in answer.items()},
-            rtol=rtol,
-            atol=atol,
-            max_steps=max_steps,
-            reduced=reduced,
-            lanes=lanes,
-            threads=threads,
-        )
+    fast, slow, epsilon, tau = (np.asarray(x, float) for x in (fast, slow, epsilon, tau))
+    total, m = slow.shape
+    order = np.argsort(slow, axis=1, kind="stable")
+    places = np.take_along_axis(slow, order, 1)
+    weights = np.take_along_axis(fast[:, 1:], order, 1)
+    new = np.ones((total, m), bool)
+    new[:, 1:] = (np.diff(places) != 0) | (np.diff(weights) != 0)
+    groups = np.cumsum(new, axis=1) - 1
+    sizes = groups[:, -1] + 1 if m else np.zeros(total, int)
+    answer = _blank(total, tau.size, m)
+    for size in np.unique(sizes):
+        which = np.flatnonzero(sizes == size)
+        whole = which.size == total
+        starts = slice(None) if whole else which
+        count = np.zeros((which.size, size))
+        np.add.at(count, (np.arange(which.size)[:, None], groups[starts]), 1.0)
+        first = np.nonzero(new[starts])[1].reshape(which.size, size)
+        joint = np.take_along_axis(weights[starts], first, 1) * count
+        given = (fast[starts, :1], joint, np.take_along_axis(places[starts], first, 1), count)
+        part = answer if whole and size == m else _blank(which.size, tau.size, size)
+        chunk = max(4096, MEMORY // (8 * tau.size * (3 * m + 1)))
+        for begin in range(0, which.size, chunk):
+            cut = slice(begin, begin + chunk)
+            _solve_chunk(
+                problem,
+                *(np.ascontiguousarray(x[cut]) for x in (*given, epsilon[starts])),
+                tau,
+                {name: value[cut] for name, value in part.items()},
+                rtol=rtol,
+                atol=atol,
+                max_steps=max_steps,
+                lanes=lanes,
+                threads=threads or _compat.cores(),
+            )
+        # from groups in the order of their places to the neurons of the caller
+        member = np.empty((which.size, m), int)
+        np.put_along_axis(member, order[starts], groups[starts], 1)
+        shares = np.take_along_axis(1.0 / count, member, 1)[:, None]
+        member = np.broadcast_to(member[:, None], (which.size, tau.size, m))
+        answer["slow"][starts] = np.take_along_axis(part["slow"], member, 2)
+        joint = np.take_along_axis(part["fast"][..., 1:], member, 2) * shares
+        answer["fast"][starts] = np.concatenate([part["fast"][..., :1], joint], 2)
+        for name in set(part) - {"fast", "slow"}:
+            answer[name][starts] = part[name]
     stats = {name: answer.pop(name) for name in ("steps", "accepted", "bandwidth", "reached")}
     stats["rejected"] = stats["steps"] - stats["accepted"]
     answer["status"] = answer["status"].astype(np.int32)
     return {**answer, "stats": stats}
 
 
+def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
+    """The answer before anything is computed."""
+    return {
+        "fast": np.full((starts, times, neurons + 1), np.nan),
+        "slow": np.full((starts, times, neurons), np.nan),
+        "loss": np.full((starts, times), np.nan),
+        "status": np.full(starts, int(Status.SOLVER_FAILED), np.int64),
+        "steps": np.zeros(starts, np.int64),
+        "accepted": np.zeros(starts, np.int64),
+        "bandwidth": np.zeros(starts, np.int64),
+        "reached": np.zeros(starts),
+    }
+
+
 def _solve_chunk(
     problem: Any,
-    fast: np.ndarray,
-    slow: np.ndarray,
+    bias: np.ndarray,
+    weights: np.ndarray,
+    places: np.ndarray,
+    count: np.ndarray,
     epsilon: np.ndarray,
     tau: np.ndarray,
     answer: dict[str, np.ndarray],
@@ -125,21 +160,22 @@ def _solve_chunk(
     rtol: float,
     atol: float,
     max_steps: int,
-    reduced: bool,
-    lanes: int,
+    lanes: int | None,
     threads: int,
 ) -> None:
+    """Solve starts whose neurons are in order, `count` of them at each place, into `answer`."""
     from tts_jax.problems._banded_program import NUMBERS, SIZES
 
-    _, entries = _entries(lanes)
-    count, m = slow.shape
-    times, rows = tau.size, 2 * m + 1
-    order = np.argsort(slow, axis=1, kind="stable")
-    start = np.empty((count, rows))
-    start[:, 1::2] = np.take_along_axis(slow, order, 1)
-    start[:, 0] = fast[:, 0]
-    start[:, 2::2] = fast[:, :1] + np.cumsum(np.take_along_axis(fast[:, 1:], order, 1), 1)
-    order = order.astype(float)
+    starts, m = places.shape
+    threads = min(threads, starts)
+    if lanes is None:
+        lanes = 4 if starts <= FEW * threads else 8
+    entries = _entries(lanes)[1]
+    times, rows, reduced = tau.size, 2 * m + 1, not np.any(epsilon)
+    start = np.empty((starts, rows))
+    start[:, 1::2] = places
+    start[:, 0] = bias[:, 0]
+    start[:, 2::2] = bias + np.cumsum(weights, axis=1)
     jumps, values = (np.asarray(part, float) for part in (problem.target.jumps, problem.target.values))
     lengths = np.diff(jumps, prepend=0.0, append=1.0)
     eta, end = float(problem.eta), float(tau[-1])
@@ -164,7 +200,7 @@ def _solve_chunk(
         "neurons": m,
         "jumps": jumps.size,
         "times": times,
-        "starts": count,
+        "starts": starts,
         "max_steps": max_steps,
         "reduced": int(reduced),
         "widest_band": widest,
@@ -173,7 +209,7 @@ def _solve_chunk(
     }
     reach = np.full((jumps.size, 2), (-np.inf, np.inf))
     reach[1:, 0], reach[:-1, 1] = jumps[:-1] + eta / 2, jumps[1:] - eta / 2
-    recorded = np.zeros(count, np.int64)
+    recorded = np.zeros(starts, np.int64)
     shared = {
         "numbers": np.array([numbers[name] for name in NUMBERS]),
         "sizes": np.array([sizes[name] for name in SIZES], np.int64),
@@ -186,10 +222,11 @@ def _solve_chunk(
         "queue": np.zeros(1, np.int64),
         "tau": np.append(tau, np.inf),
         "start_state": start,
-        "start_order": order,
+        "start_order": np.tile(np.arange(float(m)), (starts, 1)),
+        "start_share": 1.0 / count,
         "start_epsilon": epsilon,
-        "record_state": np.empty((count * times, rows)),
-        "record_order": np.empty((count * times, m)),
+        "record_state": np.empty((starts * times, rows)),
+        "record_order": np.empty((starts * times, m)),
         "loss": answer["loss"],
         "fast": answer["fast"],
         "slow": answer["slow"],
@@ -199,7 +236,7 @@ def _solve_chunk(
         "bandwidth": answer["bandwidth"],
         "record_count": recorded,
         "reached": answer["reached"],
-        "which": np.arange(count),
+        "which": np.arange(starts),
     }
     works = [_Work(lanes, m, 2 * widest + 3, shared) for _ in range(threads)]
 
@@ -218,7 +255,7 @@ def _solve_chunk(
         )
 
     if reduced:
-        split("settle", np.arange(count))
+        split("settle", np.arange(starts))
     in_threads([functools.partial(entries["advance"], work.address) for work in works])
     written = np.arange(times) < recorded[:, None]
     split("finish", np.flatnonzero(written))
