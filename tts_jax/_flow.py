@@ -12,7 +12,14 @@ import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _checks
-from tts_jax._integrate import Run, check_start, lane_answer, solve_lanes
+from tts_jax._integrate import (
+    EngineName,
+    Run,
+    check_start,
+    choose_engine,
+    lane_answer,
+    solve,
+)
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._rosenbrock import Rodas5P
@@ -37,6 +44,7 @@ def flow(
     tau: Float[ArrayLike, " T"],
     rtol: float = 1e-7,
     atol: float = 1e-7,
+    engine: EngineName = "auto",
     solver: SolverName | diffrax.AbstractSolver = "auto",
     max_steps: int = 20_000,
     throw: bool = False,
@@ -53,6 +61,12 @@ def flow(
         tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
         rtol: relative tolerance of one step.
         atol: absolute tolerance of one step, in the units of the state.
+        engine: how the lanes are solved. `"simd"`: side by side in the vectors of the CPU, compiled
+            by LLVM (extra `cpu`); `"loop"`: the same in JAX alone, on any device; `"diffrax"`: one
+            by one by Diffrax. The first two exist for problems with a structure to use, as
+            `Univariate` (banded stages, time and memory in proportion to m), and then are the
+            automatic choice, in this order; inside a transformation that is `"loop"`.
+            `solver`, `adjoint` and `progress_meter` are Diffrax's: to give one chooses it.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
             solver, or `"auto"`: Tsit5 when by `problem.fastest_rate` stability costs it few
@@ -66,8 +80,11 @@ def flow(
 
     Returns:
         A `Trajectory` whose batch axes are those of `state` and `epsilon`, broadcast. Its
-        `.stats` are `steps`, `accepted` and `rejected` per lane. A lane that fails has a
-        status, and NaN after the time where it failed; other lanes do not notice.
+        `.stats` are per lane `steps`, `accepted`, `rejected` and `reached`, the slow time up to
+        which it was computed, and by engine `"simd"` the `bandwidth`, the largest number of
+        neighbours that overlapped, and whether the lane was left to Diffrax (`dense`) because
+        that was too many. A lane that fails has a status, keeps what was recorded until then, and
+        has NaN after that; other lanes do not notice.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape.
@@ -80,7 +97,17 @@ def flow(
     check_start(problem, state)
     epsilon = jnp.asarray(epsilon, jnp.float64)
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
-    solver, solver_name = _choose_solver(solver, problem, state, epsilon, tau)
+    engine = choose_engine(
+        engine,
+        problem,
+        (state, epsilon, tau, rtol, atol),
+        own=solver == "auto" and adjoint is None and progress_meter is None,
+    )
+    if engine == "diffrax":
+        solver, solver_name = _choose_solver(solver, problem, state, epsilon, tau)
+    else:
+        # by Diffrax too where the engine does not reach
+        solver, solver_name = _choose_solver("rodas5p", problem, state, epsilon, tau)
     run = Run(
         problem,
         tau,
@@ -91,7 +118,7 @@ def flow(
         adjoint=adjoint,
         progress_meter=progress_meter,
     )
-    answer, names = solve_lanes(problem, _solve_lane, state, epsilon, problem, run)
+    answer, names = solve(problem, engine, _solve_lane, state, epsilon, run)
     trajectory = record(
         problem,
         method="flow",
@@ -102,7 +129,7 @@ def flow(
             "rtol": rtol,
             "atol": atol,
         },
-        notes={"solver": solver_name},
+        notes={"engine": engine, "solver": solver_name},
         **answer,
     )
     return raise_on_failure(trajectory) if throw else trajectory
@@ -168,4 +195,4 @@ def _fastest_rate(problem: AbstractProblem, state: State, epsilon: Array) -> Arr
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     solution = run.solve(_slow_time_field, start, (problem, epsilon))
-    return lane_answer(problem, solution, *cast(State, solution.ys))
+    return lane_answer(problem, solution, *cast(list[State], solution.ys)[0])

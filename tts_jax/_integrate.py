@@ -6,7 +6,7 @@ them, and `lane_answer` turns a Diffrax solution into states, losses, a status a
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import diffrax
 import equinox as eqx
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from tts_jax import _checks, _compat
+from tts_jax import _checks, _compat, _simd
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._trajectory import Status
 
@@ -87,7 +87,7 @@ class Run(eqx.Module):
         _checks.instance("progress_meter", meter, diffrax.AbstractProgressMeter, remedy)
 
     def solve(self, field: Callable[..., Any], start: State, args: Any) -> diffrax.Solution:
-        """Integrate `field` from τ = 0 and record at `tau`."""
+        """Integrate `field` from τ = 0; `.ys` are the states at `tau` and the time reached."""
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             self.solver,
@@ -96,7 +96,12 @@ class Run(eqx.Module):
             dt0=None,
             y0=start,
             args=args,
-            saveat=diffrax.SaveAt(ts=self.tau),
+            saveat=diffrax.SaveAt(
+                subs=[
+                    diffrax.SubSaveAt(ts=self.tau),
+                    diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: t),
+                ]
+            ),
             stepsize_controller=self.controller,
             max_steps=self.max_steps,
             adjoint=self.adjoint,
@@ -132,6 +137,7 @@ def lane_answer(
             "steps": solution.stats["num_steps"],
             "accepted": solution.stats["num_accepted_steps"],
             "rejected": solution.stats["num_rejected_steps"],
+            "reached": cast(list, solution.ys)[1][0],
         },
     }
 
@@ -151,6 +157,131 @@ def check_start(problem: AbstractProblem, state: State) -> None:
             _checks.finite(name, leaf, "Start from finite values.")
 
 
+class Batch(eqx.Module):
+    """The broadcast batch of starts and ε as a flat list of lanes.
+
+    Attributes:
+        state: leaves with one axis of lanes in front.
+        epsilon: ε of each lane, `[lanes]`.
+        shape: the batch axes.
+        names: their names.
+    """
+
+    state: State
+    epsilon: Float[Array, " lanes"]
+    shape: tuple[int, ...] = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
+
+    def __init__(self, problem: AbstractProblem, state: State, epsilon: Array) -> None:
+        """Broadcast.
+
+        Raises:
+            ValueError: the shapes do not go together, or there is no lane.
+        """
+        lanes = batch_shape(problem, state)
+        try:
+            self.shape = np.broadcast_shapes(lanes, epsilon.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"Argument `epsilon` must broadcast against the batch axes {lanes} of `state`, got "
+                f"shape {epsilon.shape}. Give it shape `[..., 1]` to cross it with the starts."
+            ) from error
+        count = math.prod(self.shape)
+        if count == 0:
+            raise ValueError(
+                f"Argument `state` must have at least one lane, got batch axes {self.shape}. Pass a "
+                f"start."
+            )
+
+        def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
+            return jnp.broadcast_to(leaf, self.shape + own).reshape(count, *own)
+
+        self.state = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
+        self.epsilon = flatten(epsilon, ())
+        self.names = _axis_names(lanes, epsilon.shape, self.shape) if self.shape else ()
+
+    def unflatten(self, answer: Any) -> Any:
+        """Leaves `[lanes, ...]` with the batch axes in front."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape((*self.shape, *leaf.shape[1:])), answer)
+
+
+EngineName = Literal["auto", "simd", "loop", "diffrax"]
+
+
+def choose_engine(
+    engine: EngineName, problem: AbstractProblem, numbers: Any, *, own: bool
+) -> EngineName:
+    """The engine that `"auto"` stands for, or the given one if it can be used.
+
+    Args:
+        numbers: what may be traced besides the problem.
+        own: whether nothing was asked for that only Diffrax has.
+
+    Raises:
+        ValueError: the engine does not exist, or not for this problem, here, or together with the
+            other arguments.
+    """
+    _checks.one_of("engine", engine, ("auto", "simd", "loop", "diffrax"), "Or leave it out.")
+    remedy = "Leave `engine` out."
+    if engine in ("simd", "loop") and not own:
+        raise ValueError(
+            f"Argument `engine` must be 'diffrax' together with `solver`, `adjoint` or "
+            f"`progress_meter`, got {engine!r}. Leave one of them out."
+        )
+    if engine in ("simd", "loop") and engine not in problem.flow_engines:
+        kind = type(problem).__name__
+        raise ValueError(f"Argument `engine` is {engine!r}, which `{kind}` does not have. {remedy}")
+    traced = _checks.is_traced(problem, numbers) or _checks.inside_trace()
+    reason = None
+    if "simd" in problem.flow_engines:
+        reason = "numbers are not known inside a transformation" if traced else _simd.missing()
+        if reason is None and jax.default_backend() != "cpu":
+            reason = f"JAX computes on {jax.default_backend()}"
+    if engine == "simd" and reason is not None:
+        raise ValueError(f"Argument `engine` is 'simd', but {reason}. {remedy}")
+    if engine != "auto":
+        return engine
+    usable = [name for name in problem.flow_engines if name != "simd" or reason is None]
+    return cast(EngineName, usable[0] if own and usable else "diffrax")
+
+
+def solve(
+    problem: AbstractProblem,
+    engine: EngineName,
+    solve_lane: Callable[..., Any],
+    state: State,
+    epsilon: Array,
+    run: Run,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """All lanes by the engine: the answer, and the names of the batch axes.
+
+    Args:
+        solve_lane: `solve_lane(state, epsilon, problem, run)`, one lane by Diffrax; it also does
+            what the problem's own engine leaves to it.
+    """
+    if engine == "diffrax":
+        return solve_lanes(problem, solve_lane, state, epsilon, problem, run)
+    batch = Batch(problem, state, epsilon)
+    setting = dict(rtol=run.controller.rtol, atol=run.controller.atol, max_steps=run.max_steps)
+    given = batch.state, batch.epsilon, run.tau
+    if engine != "simd":
+        answer = problem.solve_flow(engine, *given, **setting)
+        return batch.unflatten(answer), batch.names
+    answer = problem.solve_flow(engine, *jax.tree.map(np.asarray, given), **setting)
+    beyond = np.flatnonzero(answer["stats"].get("dense", False))
+    if beyond.size:
+        some = jax.tree.map(lambda leaf: leaf[beyond], batch.state)
+        rest, _ = solve_lanes(problem, solve_lane, some, batch.epsilon[beyond], problem, run)
+        kept = {name: answer["stats"][name][beyond] for name in answer["stats"]}
+        rest["stats"] = kept | rest["stats"]
+
+        def put(old: np.ndarray, new: Any) -> None:
+            old[beyond] = new
+
+        jax.tree.map(put, answer, rest)
+    return batch.unflatten(answer), batch.names
+
+
 def solve_lanes(
     problem: AbstractProblem,
     solve: Callable[..., dict[str, Any]],
@@ -167,29 +298,13 @@ def solve_lanes(
     Returns:
         The stacked answers and the names of the batch axes.
     """
-    lanes = batch_shape(problem, state)
-    try:
-        shape = np.broadcast_shapes(lanes, epsilon.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"Argument `epsilon` must broadcast against the batch axes {lanes} of `state`, got "
-            f"shape {epsilon.shape}. Give it shape `[..., 1]` to cross it with the starts."
-        ) from error
-    count = math.prod(shape)
-    if count == 0:
-        raise ValueError(
-            f"Argument `state` must have at least one lane, got batch axes {shape}. Pass a start."
-        )
+    batch = Batch(problem, state, epsilon)
+    count = math.prod(batch.shape)
     devices = jax.local_devices()
-    if not shape:
+    if not batch.shape:
         mesh = _compat.lane_mesh(devices[:1])
         return _map_lanes(solve, "one", mesh, (state, epsilon), args), ()
-
-    def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
-        return jnp.broadcast_to(leaf, shape + own).reshape(count, *own)
-
-    flat = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
-    flat = (flat, flatten(epsilon, ()))
+    flat = (batch.state, batch.epsilon)
     traced = _checks.is_traced(flat, args) or _checks.inside_trace()
     mesh = _compat.lane_mesh(devices[: 1 if traced else count])
     # idle lanes of the last device repeat the first ones
@@ -197,8 +312,8 @@ def solve_lanes(
     flat = jax.tree.map(lambda leaf: leaf[padded], flat)
     how = "one by one" if devices[0].platform == "cpu" else "together"
     answer = _map_lanes(solve, how, mesh, flat, args)
-    answer = jax.tree.map(lambda leaf: leaf[:count].reshape(*shape, *leaf.shape[1:]), answer)
-    return answer, _axis_names(lanes, epsilon.shape, shape)
+    answer = batch.unflatten(jax.tree.map(lambda leaf: leaf[:count], answer))
+    return answer, batch.names
 
 
 @eqx.filter_jit

@@ -8,11 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _checks
-from tts_jax._integrate import Run, check_start, lane_answer, solve_lanes
+from tts_jax._integrate import (
+    EngineName,
+    Run,
+    check_start,
+    choose_engine,
+    lane_answer,
+    solve,
+    solve_lanes,
+)
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
-from tts_jax._trajectory import Trajectory, raise_on_failure, record
+from tts_jax._trajectory import Trajectory, over_lanes, raise_on_failure, record
 
 
 @double_precision
@@ -23,7 +31,8 @@ def limit(
     tau: Float[ArrayLike, " T"],
     rtol: float = 1e-7,
     atol: float = 1e-7,
-    solver: Literal["rodas5p", "tsit5"] | diffrax.AbstractSolver = "rodas5p",
+    engine: EngineName = "auto",
+    solver: Literal["auto", "rodas5p", "tsit5"] | diffrax.AbstractSolver = "auto",
     max_steps: int = 20_000,
     throw: bool = False,
     adjoint: diffrax.AbstractAdjoint | None = None,
@@ -41,7 +50,9 @@ def limit(
         tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
         rtol: relative tolerance of one step.
         atol: absolute tolerance of one step, in the units of the slow variable.
-        solver: `"rodas5p"`, `"tsit5"` or any Diffrax solver. The reduced flow is stiff once
+        engine: how the lanes are solved, as in `flow`. The engines that use the structure of
+            the problem solve the flow's equations at ε = 0, which are differential-algebraic.
+        solver: `"rodas5p"` (what `"auto"` means), `"tsit5"` or any Diffrax solver. The reduced flow is stiff once
             part of it has come to rest while the rest still moves.
         max_steps: step limit of one lane.
         throw: raise on the first failure instead of returning its status.
@@ -49,8 +60,7 @@ def limit(
         progress_meter: a Diffrax progress meter.
 
     Returns:
-        A `Trajectory` with the batch axes of `state`. Its `.stats` are `steps`, `accepted`,
-        `rejected` per lane and what `problem.reduced_observables` reports at each τ: for
+        A `Trajectory` with the batch axes of `state`. Its `.stats` are those of `flow` and what `problem.reduced_observables` reports at each τ: for
         `Univariate` the `condition` number that tells how well a*(u) is determined.
 
     Raises:
@@ -59,10 +69,12 @@ def limit(
     """
     require_double_precision("limit", problem, state, tau)
     check_start(problem, state)
+    own = solver == "auto" and adjoint is None and progress_meter is None
+    engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
-        name = _checks.one_of(
-            "solver", solver, ("rodas5p", "tsit5"), "Or pass a Diffrax solver, `diffrax.Tsit5()`."
-        )
+        names = ("auto", "rodas5p", "tsit5")
+        _checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Tsit5()`.")
+        name = "tsit5" if solver == "tsit5" else "rodas5p"
         solver = Rodas5P(jacobian=_reduced_jacobian) if name == "rodas5p" else diffrax.Tsit5()
     else:
         name = type(solver).__name__
@@ -77,14 +89,16 @@ def limit(
         adjoint=adjoint,
         progress_meter=progress_meter,
     )
-    answer, names = solve_lanes(problem, _solve_lane, state, jnp.zeros(()), problem, run)
+    answer, names = solve(problem, engine, _solve_lane, state, jnp.zeros(()), run)
+    more = over_lanes(_reduced_observables, jnp.ndim(answer["loss"]), problem, answer["slow"])
+    answer["stats"] |= more
     trajectory = record(
         problem,
         method="limit",
         tau=run.tau,
         batch_dims=names,
         settings={"rtol": rtol, "atol": atol},
-        notes={"solver": name},
+        notes={"engine": engine, "solver": name},
         **answer,
     )
     return raise_on_failure(trajectory) if throw else trajectory
@@ -103,10 +117,12 @@ def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     del epsilon
     solution = run.solve(_reduced_field, State(None, start.slow), problem)
-    slow = cast(State, solution.ys).slow
-    answer = lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
-    answer["stats"] |= jax.lax.map(problem.reduced_observables, answer["slow"])
-    return answer
+    slow = cast(list[State], solution.ys)[0].slow
+    return lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
+
+
+def _reduced_observables(problem: AbstractProblem, slow: Any) -> dict[str, Array]:
+    return problem.reduced_observables(slow)
 
 
 @double_precision

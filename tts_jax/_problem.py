@@ -73,6 +73,8 @@ class AbstractProblem(eqx.Module):
     lanes: ClassVar[bool] = False
     # Whether its own lane methods also take rows as a tuple, as the GPU kernel passes them.
     lane_rows: ClassVar[bool] = False
+    # The engines besides Diffrax that `solve_flow` has for `flow` and `limit`, best first.
+    flow_engines: ClassVar[tuple[str, ...]] = ()
 
     def __hash__(self) -> int:
         # by value, so that a bound method is hashable and `jax.jit(problem.loss)` works
@@ -144,6 +146,31 @@ class AbstractProblem(eqx.Module):
         raise TypeError(
             f"`{type(self).__name__}` has no sharp limit: it does not define `sharp`. Use `limit`."
         )
+
+    def solve_flow(
+        self,
+        engine: str,
+        state: State,
+        epsilon: Float[Array, " lanes"],
+        tau: Float[Array, " T"],
+        *,
+        rtol: Any,
+        atol: Any,
+        max_steps: int,
+    ) -> dict[str, Any]:
+        """The flow, or where ε = 0 the reduced flow, by an engine that knows the problem's structure.
+
+        Args:
+            engine: one of `flow_engines`; `"simd"` gets NumPy arrays and is never traced.
+            state: leaves with an axis of lanes in front.
+
+        Returns:
+            `fast`, `slow`, `loss`, `status` and the dict `stats`, with lanes in front; what was
+            recorded before a lane failed stays, NaN after it. `stats` holds `steps`, `accepted`,
+            `rejected` and `reached`; lanes that are marked in `dense`, if there, are for Diffrax.
+        """
+        del state, epsilon, tau, rtol, atol, max_steps
+        raise ValueError(f"`{type(self).__name__}` has no engine {engine!r}.")
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
         """The length of the slow variable that weighs like 1 of the fast one in step errors."""

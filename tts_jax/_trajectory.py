@@ -311,7 +311,7 @@ def record(
         loss=loss,
         status=status,
         stats=stats,
-        observables=_over_lanes(_observables, jnp.ndim(loss), problem, fast, slow),
+        observables=over_lanes(_observables, jnp.ndim(loss), problem, fast, slow),
         coords=problem.coords(),
         settings={
             name: value if is_traced(value) else np.asarray(value)
@@ -347,15 +347,11 @@ def _observables(
 
 
 @eqx.filter_jit
-def _over_lanes(
-    function: Callable[..., Any],
-    leading: int,
-    problem: AbstractProblem,
-    fast: PyTree[Array],
-    slow: PyTree[Array],
+def over_lanes(
+    function: Callable[..., Any], leading: int, problem: AbstractProblem, *states: PyTree[Array]
 ) -> Any:
-    """`function(problem, fast, slow)` mapped over the first `leading` axes of the states."""
+    """`function(problem, *states)` mapped over the first `leading` axes of the states."""
     mapped = function
     for _ in range(leading):
-        mapped = jax.vmap(mapped, in_axes=(None, 0, 0))
-    return mapped(problem, fast, slow)
+        mapped = jax.vmap(mapped, in_axes=(None, *[0] * len(states)))
+    return mapped(problem, *states)

@@ -33,7 +33,6 @@ from tts_jax.problems import _step
 STAGES = len(A)
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
 FARTHEST = 8.0  # a step in which a neuron moves by more widths is tried again with a smaller size
-TOO_WIDE = 100  # status of a start with more overlapping neighbours than the band has room for
 
 # Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
 VECTORS = {
@@ -76,7 +75,10 @@ NUMBERS = (
     *("eta", "per_eta", "rtol", "atol", "end", "first", "last", "total", "square", "shift"),
     *("per_scale", "fast_share", "least_step", "first_step"),
 )
-SIZES = ("neurons", "jumps", "times", "starts", "max_steps", "reduced", "apart", "widest_band")
+SIZES = (
+    *("neurons", "jumps", "times", "starts", "max_steps", "reduced", "apart", "widest_band"),
+    "too_wide",
+)
 SHARED = (
     *("numbers", "sizes", "queue", "tau"),
     *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
@@ -1007,7 +1009,7 @@ class Program:
                     need = w.to_index(self._get(scope, "lane", OVERLAPS, each))
                     live_here = self._get(scope, "lane", LIVE, each) > 0.5
                     with w.when(live_here & (need >= scope.size("widest_band"))):
-                        self._end(w, scope, each, w.index(TOO_WIDE))
+                        self._end(w, scope, each, scope.size("too_wide"))
             turn.again_if(needed >= scope.size("widest_band"))
             w.call(self.attempt, table, needed)
             self._error(w, scope)

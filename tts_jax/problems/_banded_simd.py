@@ -13,6 +13,8 @@ from tts_jax._trajectory import Status
 
 
 FEW = 4  # up to this many starts per thread, the vectors are narrower
+WIDEST = 200  # neighbours that may overlap: for more, dense matrices are no slower
+TOO_WIDE = 100  # status, inside, of a start where more do
 MEMORY = 1 << 26  # bytes of records that are held at a time, about
 
 
@@ -80,8 +82,8 @@ def solve(
 
     Returns:
         Fast and slow variable, loss and status as `flow` answers them, with `[starts]` in front,
-        and the statistics steps, accepted, rejected, bandwidth and reached. A start with more
-        overlapping neighbours than the band has room for has the status `TOO_WIDE`.
+        and the statistics steps, accepted, rejected, bandwidth, reached and dense: whether more
+        neighbours overlapped than the band has room for, so that the start is not solved.
     """
     fast, slow, epsilon, tau = (np.asarray(x, float) for x in (fast, slow, epsilon, tau))
     total, m = slow.shape
@@ -129,6 +131,7 @@ def solve(
             answer[name][starts] = part[name]
     stats = {name: answer.pop(name) for name in ("steps", "accepted", "bandwidth", "reached")}
     stats["rejected"] = stats["steps"] - stats["accepted"]
+    stats["dense"] = answer["status"] == TOO_WIDE
     answer["status"] = answer["status"].astype(np.int32)
     return {**answer, "stats": stats}
 
@@ -195,7 +198,7 @@ def _solve_chunk(
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,
     }
-    widest = min(m, 200)
+    widest = min(m, WIDEST)
     sizes = {
         "neurons": m,
         "jumps": jumps.size,
@@ -204,6 +207,7 @@ def _solve_chunk(
         "max_steps": max_steps,
         "reduced": int(reduced),
         "widest_band": widest,
+        "too_wide": TOO_WIDE,
         # then a neuron meets one jump at a time
         "apart": int(jumps.size > 0 and np.all(np.diff(jumps) > 1.01 * eta)),
     }

@@ -19,7 +19,7 @@ from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
-from tts_jax.problems import _sharp, _step, _univariate_sgd
+from tts_jax.problems import _banded_simd, _sharp, _step, _univariate_sgd
 
 
 def _as_float(value: Any) -> Any:
@@ -124,6 +124,7 @@ class Univariate(AbstractProblem):
         "hitting_time": ("jump",),
     }
     gradients: ClassVar = _univariate_sgd.GRADIENTS
+    flow_engines: ClassVar = ("simd",)
     lanes: ClassVar = True
     lane_rows: ClassVar = True
 
@@ -343,6 +344,9 @@ class Univariate(AbstractProblem):
         heights = jnp.asarray(self.target.heights)
         weights = 2.0 * jnp.trace(self._gram(slow)[0]) / epsilon
         return jnp.maximum(weights, 10.0 * jnp.max(heights**2, initial=0.0) / self.eta)
+
+    def solve_flow(self, engine: str, state: State, epsilon: Any, tau: Any, **setting: Any) -> Any:
+        return _banded_simd.solve(self, *state, epsilon, tau, **setting)
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
         # a few widths: below it, position errors are seen by the steps of near neighbours
