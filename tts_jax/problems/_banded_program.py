@@ -9,7 +9,9 @@ gradient flow reads
 
 and a stage of a Rosenbrock method solves S k_i = −∇L(y_i) + M Σ_j (C_ij/h) k_j with
 S = M/(γh) + ∇²L, symmetric, by a banded LDLᵀ without pivoting. With ε = 0 this is the reduced
-flow as a differential-algebraic equation, for which Rodas5P is made.
+flow as a differential-algebraic equation, for which Rodas5P is made. There the loss gets a ridge
+ρ|a|² of a few ulp: without it two neurons that meet approach each other for ever, with opposite
+weights that grow like one over their distance; with it they stop at some 1e-3 η.
 
 Pair functions of the signed gap r = (u_j − u_i)/η, i < j, with W the difference of two independent
 transitions: T = E(W − r)₊, Q = P(W > r), κ the density of W. They vanish for r ≥ 1 and hold for
@@ -50,13 +52,20 @@ VECTORS = {
     "edge": "m + 2",  # u less the part of the transition beyond 1
     "area": "m + 2",  # ∫₀^u f*, smoothed
     "level": "m + 2",  # f* at u, smoothed
-    "pull": "m + 2",  # p_k = Σ_j a_j T_kj
+    "trim": "m + 2",  # how far inside the transition at a jump a neuron is, in widths
+    "drift": "m + 2",  # what plateau k and its two neurons add to ½∂L/∂F_k
+    "lean": "m + 2",  # and what the next neurons on both sides add
+    "filling": "m + 2",  # ∫f* over plateau k
+    "under": "m + 2",  # the levels whose mean E_j starts from
+    "over": "m + 2",
+    "pull": "m + 2",  # what pairs of neurons farther apart add to Σ_j a_j T_kj
     "misfit": "m + 2",  # E_j = ∫(f − f*)σ′_j/η
     "left": "m + 2",  # −u/η
     "right_end": "m + 2",  # (u − 1)/η
     "order": "m + 2",  # which group of coincident neurons of the caller this is
     "share": "m + 2",  # one over their number, and their number
     "count": "m + 2",
+    "hold": "m + 2",  # what of S belongs to a weight alone
     # of the jump that counts for a neuron: its place, its size, f* before it, ∫f* up to it, and
     # between which positions no other jump counts
     "near": "m + 2",
@@ -72,7 +81,7 @@ TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, NAR
 # Arrays of indices or numbers of one lane each, or shared.
 LANE_INDICES = ("start", "record", "steps", "accepts", "widest")
 NUMBERS = (
-    *("eta", "per_eta", "rtol", "atol", "end", "first", "last", "total", "square", "shift"),
+    *("eta", "per_eta", "rtol", "atol", "end", "first", "last", "total", "square", "ridge"),
     *("per_scale", "fast_share", "least_step", "first_step"),
 )
 SIZES = (
@@ -155,6 +164,22 @@ def pair(w: Writer, r: Real, *, density: bool) -> tuple[Real, Real, Real | None]
     if density:
         kappa = w.where(near, _horner(_step.NEAR_DENSITY, s), (d4 * d) * _step.FAR_DENSITY)
     return overlap + w.maximum(-r, 0.0), w.where(r < 0.0, 1.0 - tail, tail), kappa
+
+
+def _neighbour_terms(w: Writer, r: Real) -> tuple[Real, Real]:
+    """h = T(r) − T(0) + r/2 and c = ½ − Q(r), without cancellation at small r."""
+    s = w.abs(r)
+    d = w.maximum(1.0 - s, 0.0)
+    near = s < 0.5
+    d2 = d * d
+    d4 = d2 * d2
+    d6 = d4 * d2
+    square = s * s
+    bend = square * _horner(_step.NEAR_MEAN[2:], s)
+    far = s * 0.5 + ((d6 * d) * _step.FAR_MEAN - _step.NEAR_MEAN[0])
+    turn = -(s * _horner(_step.NEAR_TAIL[1:], s))
+    turn = w.where(near, turn, 0.5 - d6 * _step.FAR_TAIL)
+    return w.where(near, bend, far), w.where(r < 0.0, -turn, turn)
 
 
 def ramp(w: Writer, z: Real) -> Real:
@@ -284,9 +309,13 @@ class Program:
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         first, last = scope.shared("first"), scope.shared("last")
-        names = ("place", "edge", "area", "level", "pull", "misfit", "weight", "left", "right_end")
-        place, edge, area, level, pull, misfit, weight, left, right = map(scope.array, names)
+        names = ("place", "edge", "drift", "filling", "pull", "misfit", "weight", "left", "right_end")
+        place, edge, drift, filling, pull, misfit, weight, left, right = map(scope.array, names)
         top = y[m * 2]
+
+        def fill(j: Index, area: Real) -> None:
+            filling[j - 1] = filling[j - 1] + area
+            filling[j] = filling[j] - area
         with w.range(1, m + 1) as j:
             left[j] = -(place[j] * per_eta)
             right[j] = (place[j] - 1.0) * per_eta
@@ -297,7 +326,7 @@ class Program:
                 beyond, share = ramp(w, p), step(w, p)
                 pull[0] = pull[0] + weight[j] * beyond
                 pull[j] = pull[j] + y[0] * beyond
-                area[j] = area[j] + first * (eta * beyond)
+                fill(j, first * (eta * beyond))
                 misfit[j] = misfit[j] - (y[0] - first) * share
                 mean, tail = self._own_cut(w, p)
                 pull[j] = pull[j] + weight[j] * mean
@@ -309,8 +338,11 @@ class Program:
                         misfit[j] = misfit[j] - a * self._cut_of(w, "cut_cdf", p, left[i])
             with w.when(w.any(q > -0.5)):
                 beyond, share = ramp(w, q), step(w, q)
-                edge[j] = edge[j] - eta * beyond
-                area[j] = area[j] - last * (eta * beyond)
+                cut = eta * beyond
+                edge[j] = edge[j] - cut
+                drift[j - 1] = drift[j - 1] - y[j * 2 - 2] * cut
+                drift[j] = drift[j] + y[j * 2] * cut
+                fill(j, -(last * cut))
                 misfit[j] = misfit[j] - (top - last) * share
                 pull[j] = pull[j] - beyond * (top - y[j * 2 - 2])
                 mean, tail = self._own_cut(w, q)
@@ -332,13 +364,14 @@ class Program:
         """The smoothed target at every neuron, where jumps are farther apart than η."""
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         near, size, before, filled, low_end, high_end = map(scope.array, _OF_NEURON)
-        place, area, level = map(scope.array, ("place", "area", "level"))
+        place, area, level, trim = map(scope.array, ("place", "area", "level", "trim"))
         with w.range(1, scope.m + 1) as j:
             u = place[j]
             with w.when(w.any((u < low_end[j]) | (u > high_end[j]))):
                 w.call(self.locate, w.arguments[0], j)
             beyond, tall = u - near[j], size[j]
             t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
+            trim[j] = t
             cube = (t * t) * t
             spread = w.maximum(beyond, 0.0) + (eta * t) * cube
             area[j] = filled[j] + before[j] * beyond + tall * spread
@@ -369,33 +402,48 @@ class Program:
         y, g, bound = w.vectors(w.arguments[1]), w.vectors(w.arguments[2]), w.index(w.arguments[3])
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        names = ("place", "edge", "area", "level", "pull", "misfit", "weight")
-        place, edge, area, level, pull, misfit, weight = map(scope.array, names)
+        names = ("place", "edge", "area", "level", "drift", "filling", "under", "over")
+        place, edge, area, level, drift, filling, under, over = map(scope.array, names)
+        pull, misfit, weight, lean = map(scope.array, ("pull", "misfit", "weight", "lean"))
         low, high = eta * -0.5, 1.0 + eta * 0.5
+        own = eta * _step.NEAR_MEAN[0]  # η T_ii
         crossing = w.variable(w.real(0.0) > 1.0)
         with w.range(1, m + 1) as j:
             u = w.minimum(w.maximum(y[j * 2 - 1], low), high)
             place[j] = u
             edge[j] = u
-            a = y[j * 2] - y[j * 2 - 2]
-            weight[j] = a
-            pull[j] = a * _step.NEAR_MEAN[0]
-            misfit[j] = (y[j * 2] + y[j * 2 - 2]) * 0.5
+            before, after = y[j * 2 - 2], y[j * 2]
+            weight[j] = after - before
+            under[j] = before
+            over[j] = after
+            pull[j] = 0.0
+            misfit[j] = 0.0
+            lean[j] = 0.0
             crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
+        place[0], edge[0], lean[0] = 0.0, 0.0, 0.0
+        pull[0], pull[m + 1] = 0.0, 0.0
+        edge[m + 1] = 1.0
+        area[0], area[m + 1] = 0.0, scope.shared("total")
         apart = scope.size("apart") > 0
         with w.when(apart):
             self._levels_apart(w, scope)
         with w.when(~apart):
             self._levels(w, scope)
-        place[0], edge[0], area[0], pull[0] = 0.0, 0.0, 0.0, 0.0
-        edge[m + 1] = 1.0
-        area[m + 1] = scope.shared("total")
-        pull[m + 1] = 0.0
+        drift[0] = y[0] * place[1] + own * weight[1]
+        filling[0] = area[1]
+        drift[m] = y[m * 2] * (1.0 - place[m]) - own * weight[m]
+        filling[m] = area[m + 1] - area[m]
         with w.range(1, m) as i:
             a, u = weight[i], place[i]
+            gap, other = place[i + 1] - u, weight[i + 1]
+            drift[i] = y[i * 2] * gap - own * (a - other)
+            filling[i] = area[i + 1] - area[i]
+            r = gap * per_eta
+            with w.when(w.any(r < 1.0)):
+                self._neighbours(w, scope, y, i, r, gap)
             own_pull, own_misfit = w.variable(pull[i]), w.variable(misfit[i])
             end = self._least(w, i + bound, m)
-            with w.range(i + 1, end + 1) as j:
+            with w.range(i + 2, end + 1) as j:
                 r = (place[j] - u) * per_eta
                 with w.when(w.any(r < 1.0)):
                     overlap, tail, _ = pair(w, r, density=False)
@@ -414,14 +462,21 @@ class Program:
             narrow.set(narrow.get() | (nearest.get() - place[i] < eta))
         with w.when(w.any(crossing.get())):
             w.call(self.edges, w.arguments[0], w.arguments[1])
+        with w.when(scope.size("reduced") > 0):
+            ridge, share = scope.shared("ridge"), scope.array("share")
+            weight[0], weight[m + 1] = y[0], 0.0
+            share[0], share[m + 1] = 1.0, 0.0
+            with w.range(0, m + 1) as k:
+                step_up, next_step = weight[k] * share[k], weight[k + 1] * share[k + 1]
+                lean[k] = lean[k] + ridge * (step_up - next_step)
         with w.range(0, m + 1) as k:
-            gap = edge[k + 1] - edge[k]
-            drift = y[k * 2] * gap - (area[k + 1] - area[k])
-            g[k * 2] = (drift - eta * (pull[k] - pull[k + 1])) * -2.0
+            excess = (drift[k] - filling[k]) + lean[k]
+            g[k * 2] = (excess - eta * (pull[k] - pull[k + 1])) * -2.0
         with w.range(1, m + 1) as j:
             u = place[j]
             inside = (u > low) & (u < high)
-            error = w.where(inside, misfit[j] - level[j], 0.0)
+            error = (under[j] + over[j]) * 0.5 + (misfit[j] - level[j])
+            error = w.where(inside, error, 0.0)
             misfit[j] = error
             g[j * 2 - 1] = (weight[j] * error) * 2.0
         lane = scope.array("lane")
@@ -429,6 +484,46 @@ class Program:
         lane[NARROW] = w.where(narrow.get(), w.real(1.0), 0.0)
         w.give(w.any(narrow.get()))
         return w
+
+    def _neighbours(
+        self, w: Writer, scope: Scope, y: Array, i: Index, r: Real, gap: Real
+    ) -> None:
+        """Neurons i and i + 1 where they overlap.
+
+        As they come closer their weights may grow like one over their distance, with opposite
+        signs. The terms are arranged so that such weights only meet small factors: with
+        h = T(r) − T(0) + r/2 and c = ½ − Q(r), which vanish like r² and r,
+
+            ½∂L/∂F_i:  F_i ηr − η (a_i − a_{i+1}) (T(0) − T(r))
+                         = ηr (F_{i−1} + F_{i+1})/2 + η (a_i − a_{i+1}) h,
+            E_i:       ½(F_{i−1} + F_i) + a_{i+1} Q = ½(F_{i−1} + F_{i+1}) − a_{i+1} c.
+        """
+        names = ("drift", "lean", "filling", "under", "over", "misfit", "weight", "place")
+        drift, lean, filling, under, over, misfit, weight, place = map(scope.array, names)
+        eta = scope.shared("eta")
+        a, other = weight[i], weight[i + 1]
+        bend, turn = _neighbour_terms(w, r)
+        outer = (y[i * 2 - 2] + y[i * 2 + 2]) * 0.5
+        near = gap * outer + (eta * bend) * (a - other)
+        drift[i] = w.where(r < 1.0, near, drift[i])
+        overlap = eta * w.where(r < 1.0, bend - r * 0.5 + _step.NEAR_MEAN[0], 0.0)
+        lean[i - 1] = lean[i - 1] + other * overlap
+        lean[i + 1] = lean[i + 1] - a * overlap
+        close = w.abs(r) < 0.5
+        over[i] = w.where(close, y[i * 2 + 2], over[i])
+        under[i + 1] = w.where(close, y[i * 2 - 2], under[i + 1])
+        tail = 0.5 - turn
+        misfit[i] = misfit[i] + w.where(close, -(other * turn), other * tail)
+        misfit[i + 1] = misfit[i + 1] + w.where(close, a * turn, -(a * tail))
+        with w.when(scope.size("apart") > 0):
+            jump, size, before, trim = map(scope.array, ("near", "size", "before", "trim"))
+            v = jump[i]
+            ahead = w.maximum(place[i + 1] - v, 0.0) - w.maximum(place[i] - v, 0.0)
+            first, second = trim[i], trim[i + 1]
+            powers = (second - first) * ((second + first) * (second * second + first * first))
+            direct = before[i] * gap + size[i] * (ahead + eta * powers)
+            same = close & jump[i + 1].equals(v)
+            filling[i] = w.where(same, direct, filling[i])
 
     @staticmethod
     def _least(w: Writer, first: Index, second: Index) -> Index:
@@ -449,15 +544,20 @@ class Program:
         row = w.where(one < other, other, one)
         self._add(scope, row, row + row - one - other, value)
 
-    def _overlap(self, scope: Scope, i: Index, j: Index, value: Real) -> None:
-        """What T_ij = T_ji, i < j, adds to the block of F; `value` is −2η T_ij."""
+    def _overlap(
+        self, scope: Scope, i: Index, j: Index, value: Real, diagonal: float = -2.0
+    ) -> None:
+        """What T_ij = T_ji, i < j, adds to the block of F; `value` is −2η T_ij.
+
+        Of neighbours, F_i gets it `diagonal` times.
+        """
         w = scope.writer
         distance = (j - i) * 2
         self._add(scope, j * 2, distance, value)
         self._add(scope, j * 2, distance + 2, -value)
         self._add(scope, j * 2 - 2, distance, value)
-        twice = w.where((j - i).equals(1), w.number(-2.0), w.number(-1.0))
-        self._add(scope, j * 2 - 2, distance - 2, value * twice)
+        others = w.where((j - i).equals(1), w.number(diagonal), w.number(-1.0))
+        self._add(scope, j * 2 - 2, distance - 2, value * others)
 
     def _response(self, scope: Scope, j: Index, i: Index, value: Real) -> None:
         """What the coefficient of a_i in E_j adds to the block of (F, u); `value` is −2a_j q_ji."""
@@ -535,24 +635,37 @@ class Program:
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         names = ("place", "edge", "misfit", "weight", "share", "count", "band")
         place, edge, misfit, weight, share, count, band = map(scope.array, names)
-        share[0], share[m + 1] = 1.0, 0.0
+        place[m + 1] = 1.0
         jump, height, near, size = map(scope.array, ("jump", "height", "near", "size"))
         apart = scope.size("apart") > 0
         lane = scope.array("lane")
         rate = 1.0 / (lane[STEP_SIZE] * GAMMA)
-        inertia = w.maximum(lane[EPSILON] * rate, scope.shared("shift"))
+        inertia, hold = lane[EPSILON] * rate, scope.array("hold")
         with w.range(0, (scope.rows + bound * 2 + 2) * stride) as spot:
             band[spot] = 0.0
-        own = eta * (-2.0 * _step.NEAR_MEAN[0])
+        own = eta * _step.NEAR_MEAN[0]  # η T_ii
+        # M and the ridge
+        firm = inertia + scope.shared("ridge") * 2.0
+        hold[0], hold[m + 1] = firm, 0.0
+        with w.range(1, m + 1) as j:
+            hold[j] = firm * share[j]
         with w.range(0, m + 1) as k:
-            ends = share[k] + share[k + 1]
-            band[k * 2 * stride] = (edge[k + 1] - edge[k]) * 2.0 + inertia * ends
+            # 2(u_{k+1} − u_k) − 2η (T_kk + T_{k+1,k+1} − 2T_{k,k+1}); the ends have one neuron
+            gap = place[k + 1] - place[k]
+            sides = w.where(k.equals(0) | k.equals(m), w.number(1.0), w.number(2.0))
+            width = w.variable(gap - own * sides)
+            r = gap * per_eta
+            with w.when((k > 0) & (k < m) & w.any(r < 1.0)):
+                bend = _neighbour_terms(w, r)[0]
+                width.set(w.where(r < 1.0, (eta * bend) * 2.0, width.get()))
+            cut = (edge[k + 1] - place[k + 1]) - (edge[k] - place[k])
+            band[k * 2 * stride] = (width.get() + cut) * 2.0 + (hold[k] + hold[k + 1])
         crossing = w.variable(w.real(0.0) > 1.0)
         with w.range(1, m + 1) as j:
             a, error, u = weight[j], misfit[j], place[j]
             crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
-            self._add(scope, j * 2, 2, -(inertia * share[j]))
-            self._self_overlap(scope, j, own)
+            self._add(scope, j * 2, 2, -hold[j])
+            self._add(scope, j * 2, 2, own * 2.0)
             self._add(scope, j * 2, 1, error * -2.0 - a)
             self._add(scope, j * 2 - 1, 1, error * 2.0 - a)
             t = w.maximum(0.5 - w.abs((u - near[j]) * per_eta), 0.0)
@@ -571,7 +684,8 @@ class Program:
                 with w.when(w.any(r < 1.0)):
                     overlap, tail, density = pair(w, r, density=True)
                     other = weight[j]
-                    self._overlap(scope, i, j, (eta * overlap) * -2.0)
+                    # on the diagonal it is counted already
+                    self._overlap(scope, i, j, (eta * overlap) * -2.0, diagonal=0.0)
                     self._response(scope, i, j, (a * tail) * -2.0)
                     self._response(scope, j, i, (other * tail) * 2.0)
                     self._attraction(scope, i, j, (a * other) * (density * per_eta) * 2.0)
@@ -755,6 +869,7 @@ class Program:
         state, following, stage, right, slope, stages, lane, share, count = map(scope.array, names)
         rows, m, widest = scope.rows, scope.m, scope.size("widest_band")
         lane[WILD] = 0.0
+        share[0] = 1.0
         with w.range(1, m + 1) as j:
             count[j] = 1.0 / share[j]
         with w.repeat() as turn:
@@ -1122,7 +1237,8 @@ class Program:
         """finish(table, first, last): weights, positions and losses of the listed records."""
         w, scope = self._function("finish", (WHOLE, WHOLE))
         first, last = (w.index(argument) for argument in w.arguments[1:])
-        state, right, area, m = scope.array("state"), scope.array("right"), scope.array("area"), scope.m
+        state, right, filling = map(scope.array, ("state", "right", "filling"))
+        m = scope.m
         losses, fast, slow = map(scope.array, ("loss", "fast", "slow"))
         with w.range(first, last, self.lanes) as group:
             self._gather(w, scope, group, last, "record_state", "record_order")
@@ -1137,8 +1253,7 @@ class Program:
                 bound.set(self._wider(scope, bound.get()))
             loss = w.variable(scope.shared("square"))
             with w.range(0, m + 1) as k:
-                mean = area[k + 1] - area[k]
-                loss.set(loss.get() - state[k * 2] * (right[k * 2] * 0.5 + mean))
+                loss.set(loss.get() - state[k * 2] * (right[k * 2] * 0.5 + filling[k]))
             right[0] = loss.get()
             with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
                 which = scope.array("which")[group + each]

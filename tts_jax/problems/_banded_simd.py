@@ -15,6 +15,7 @@ from tts_jax._trajectory import Status
 FEW = 4  # up to this many starts per thread, the vectors are narrower
 WIDEST = 200  # neighbours that may overlap: for more, dense matrices are no slower
 TOO_WIDE = 100  # status, inside, of a start where more do
+RIDGE = 4.0  # of the reduced flow, in ulp of the trace of the Gram matrix, about
 MEMORY = 1 << 26  # bytes of records that are held at a time, about
 
 
@@ -90,6 +91,8 @@ def solve(
     order = np.argsort(slow, axis=1, kind="stable")
     places = np.take_along_axis(slow, order, 1)
     weights = np.take_along_axis(fast[:, 1:], order, 1)
+    if not np.any(epsilon):  # the weights at the start play no part
+        weights = np.zeros_like(weights)
     new = np.ones((total, m), bool)
     new[:, 1:] = (np.diff(places) != 0) | (np.diff(weights) != 0)
     groups = np.cumsum(new, axis=1) - 1
@@ -192,7 +195,7 @@ def _solve_chunk(
         "last": values[-1],
         "total": values @ lengths,
         "square": values**2 @ lengths,
-        "shift": 16.0 * np.finfo(float).eps * (m + 1),
+        "ridge": RIDGE * np.finfo(float).eps * (m + 1) if reduced else 0.0,
         "per_scale": 1.0 / float(problem.slow_scale()),
         "fast_share": 0.0 if reduced else 1.0,
         "least_step": 1e-14 * end,
