@@ -1,4 +1,4 @@
-"""Hitting times: when a trajectory first comes within a radius of each of its goals, differentiable.
+"""Hitting times: when a trajectory first comes within a radius of its goals; differentiable.
 
 With d_k(τ) the distance to goal k, an observable of the problem, the hitting time is the first T_k
 with d_k(T_k) = r. It is located between two records of a trajectory and refined by Newton's
@@ -248,7 +248,9 @@ class _Dynamics(eqx.Module):
         rows = np.arange(-(-count // together) * together) % count
         answers = []
         for some in rows.reshape(-1, together):
-            states, epsilon = jax.tree.map(lambda x, some=some: x[some], (self.states, self.epsilon))
+            states, epsilon = jax.tree.map(
+                lambda x, some=some: x[some], (self.states, self.epsilon)
+            )
             part = _Dynamics(self.problem, states, epsilon, self.observable, self.options)
             answers.append(part._at_once(times[some], end))
         distance, speed = (jnp.concatenate(parts)[:count] for parts in zip(*answers, strict=True))
