@@ -123,12 +123,13 @@ def _hitting_times(
 ) -> Array:
     observable, records, refinements = settings
     lanes = batch_shape(problem, state)
+    own = () if epsilon is None else epsilon.shape
     try:
-        shape = lanes if epsilon is None else np.broadcast_shapes(lanes, epsilon.shape)
+        shape = np.broadcast_shapes(lanes, own)
     except ValueError as error:
         raise ValueError(
             f"Argument `epsilon` must broadcast against the batch axes {lanes} of `state`, got "
-            f"shape {np.shape(epsilon)}. Give it shape `[..., 1]` to cross it with the starts."
+            f"shape {own}. Give it shape `[..., 1]` to cross it with the starts."
         ) from error
     count = math.prod(shape)
 

@@ -184,7 +184,7 @@ def study(
             metavar="N",
             help="Number of random starts of flow and limit. SGD runs and the starts of the late "
             "hits change in proportion; there are at least 16.",
-            help_behavior_hint="(default: 10, at scale paper 64)",
+            help_behavior_hint="(default: 8, at scale paper 64)",
         ),
     ] = None,
     out: Annotated[

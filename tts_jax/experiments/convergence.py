@@ -83,7 +83,7 @@ class Settings:
         key: integer from which all random keys are made.
     """
 
-    starts: int = 10
+    starts: int = 8
     epsilons: tuple[float, ...] = tuple(float(e) for e in np.logspace(-2, -9, 15))
     follows: float = 1e-3
     widths: tuple[float, ...] = tuple(float(e) for e in np.geomspace(2e-2, 1e-4, 6))
@@ -93,7 +93,7 @@ class Settings:
     epsilon: float = 2e-5
     tau_end: float = 0.035
     long_end: float = 0.08
-    records: int = 40
+    records: int = 30
     tolerance: float = 1e-9
     neurons: int = 20
     eta: float = 4e-3
@@ -185,7 +185,7 @@ def small_epsilon(settings: Settings, *, progress: bool = False) -> xarray.Datas
     """
     problem, tau = settings.problem(), settings.tau(settings.tau_end)
     start = problem.state(slow=settings.random_starts(settings.starts, 0))
-    tolerances = {"rtol": settings.tolerance, "atol": settings.tolerance}
+    tolerances: dict[str, Any] = {"rtol": settings.tolerance, "atol": settings.tolerance}
     limit = tts.limit(problem, start, tau=tau, **tolerances)
     solved, distances = np.asarray(limit.success), []
     for epsilon in _steps(settings.epsilons, "flow against limit", "ε", progress):
@@ -338,7 +338,7 @@ def late_hits(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
         limit, NaN where it does not cover the start; `flow_status`, `limit_status`,
         `sharp_status` `[start]`; `neurons_per_piece [start, piece]` at the start.
     """
-    problem, end = settings.problem(), [settings.tau_end]
+    problem, end = settings.problem(), np.array([settings.tau_end])
     slow = settings.random_starts(settings.late_starts, 4)
     start = problem.state(slow=slow)
     calls: dict[str, Callable[[], tts.Trajectory]] = {
@@ -407,8 +407,10 @@ def _dataset(settings: Settings, variables: Mapping[str, Any], coords: Any) -> x
 
 
 def _settings(dataset: xarray.Dataset) -> Settings:
-    numbers = json.loads(dataset.attrs["settings"])
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()})
+    numbers: dict[str, Any] = json.loads(dataset.attrs["settings"])
+    for name, value in numbers.items():
+        numbers[name] = tuple(value) if isinstance(value, list) else value
+    return Settings(**numbers)
 
 
 def _smallest_eigenvalues(
@@ -519,6 +521,8 @@ def _width_slopes(dataset: xarray.Dataset) -> list[Slope]:
         narrow = part.eta.values <= part.gap.values[:, None]
         ranges = {"η ≤ smallest gap": (narrow, 1.0), "η > smallest gap": (~narrow, np.nan)}
         for label, (where, expected) in ranges.items():
+            if not where.any():
+                continue
             for name, time in times.items():
                 rows.append(
                     _slope(
@@ -657,9 +661,7 @@ def hits(dataset: xarray.Dataset) -> list[Hits]:
     end = _settings(dataset).tau_end
     flow, limit = dataset.flow.values, dataset.limit.values
     last = np.max(dataset.hitting_time.values, axis=-1)
-    covered = (dataset.sharp_status.values == int(Status.SUCCESS)) & np.isfinite(
-        dataset.hitting_time.values
-    ).any(axis=-1)
+    covered = (dataset.sharp_status.values == int(Status.SUCCESS)) & ~np.isnan(last)
     late = covered & (last > end)
     sharp = "sharp limit"
     cases = [
@@ -689,21 +691,29 @@ def hits(dataset: xarray.Dataset) -> list[Hits]:
     return rows
 
 
+_SLOPE_HEADER: tuple[str, ...] = (
+    *("distance, parameter, where", "range", "expected"),
+    *("slope", "low", "high", "samples", "points"),
+)
+_HITS_HEADER: tuple[str, ...] = (
+    *("prediction", "says", "starts", "flow recovers", "flow fails"),
+    *("width decides", "ε decides", "median |log T/τ|"),
+)
+
+
 def tables(data: Data) -> dict[str, list[tuple[str, ...]]]:
     """The numbers as rows of text, the first one the heading: `"slopes"` and `"late_hits"`."""
     answer: dict[str, list[tuple[str, ...]]] = {}
     fitted = slopes(data)
     if fitted:
-        rows = [("distance, parameter, where", "range", "expected", "slope", "low", "high")]
-        rows[0] += ("samples", "points")
+        rows = [_SLOPE_HEADER]
         for row in fitted:
             numbers = (row.expected, row.slope, row.low, row.high)
             texts = ["-" if np.isnan(number) else f"{number:.3f}" for number in numbers]
             rows.append((row.quantity, row.range, *texts, f"{row.samples}", f"{row.points}"))
         answer["slopes"] = rows
     if "late_hits" in data:
-        rows = [("prediction", "says", "starts", "flow recovers", "flow fails")]
-        rows[0] += ("width decides", "ε decides", "median |log T/τ|")
+        rows = [_HITS_HEADER]
         for row in hits(data["late_hits"]):
             counts = (row.starts, row.recovered, row.failed, row.by_width, row.by_epsilon)
             margin = "-" if np.isnan(row.margin) else f"{row.margin:.2g}"
@@ -844,7 +854,7 @@ def _draw_width(ax: Axes, dataset: xarray.Dataset) -> None:
                 middle[enough] = np.nanmedian(values[:, enough], axis=0)
                 text = f"{kind} starts, {label}"
                 ax.plot(eta, middle, color=color, ls=style, marker=marker, ms=3.5, label=text)
-    smallest = float(np.nanmin(dataset["before"].values[..., -1]))
+    smallest = np.min(np.nanmedian(dataset["before"].values[..., -1], axis=1))
     _guide(ax, eta[-1], 30 * eta[-1], 0.6 * smallest, 1.0)
     ax.set_xlabel("width η of a step")
     ax.set_ylabel("distance limit − sharp limit")
