@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from conftest import JUMPS, VALUES
 from numpy.testing import assert_allclose
+from test_hitting import decay, decay_start
 
 import tts_jax as tts
 
@@ -32,7 +34,6 @@ PAPER = {
     "epsilon": np.array(2e-5),
 }
 TIGHT = {"rtol": 1e-11, "atol": 1e-11, "max_steps": 4096, "solver": "rodas5p"}
-FORWARD = {"adjoint": diffrax.ForwardMode()}
 
 
 def built(parameters):
@@ -107,18 +108,89 @@ UNSEEN = {"loss of the limit": {"weights", "epsilon"}}
 UNSEEN["hitting times of the limit"] = UNSEEN["loss of the limit"]
 
 
+def check(observed, parameters, names, *, modes=("reverse", "forward"), rtol=1e-6, **options):
+    """Slopes along one direction in each of the named parameters."""
+    unseen = UNSEEN.get(observed, set())
+    slope = jax.jit(
+        lambda p, d: jax.jvp(
+            lambda p: OBSERVED[observed](p, **options, adjoint=diffrax.ForwardMode()), (p,), (d,)
+        )[1]
+    )
+    gradient = None
+    if "reverse" in modes:
+        gradient = jax.jit(jax.grad(lambda p: OBSERVED[observed](p, **options)))(parameters)
+    for name in names:
+        expected = reference_slope(lambda p: OBSERVED[observed](p, **options), parameters, name)
+        assert (abs(expected) <= 1e-10) == (name in unseen), name
+        _, direction = along(parameters, name, 0.0)
+        still = {other: np.zeros_like(value) for other, value in parameters.items()}
+        if gradient is not None:
+            got = np.sum(gradient[name] * direction)
+            assert_allclose(got, expected, rtol=rtol, atol=1e-10, err_msg=f"reverse, {name}")
+        if "forward" in modes:
+            got = slope(parameters, still | {name: direction})
+            assert_allclose(got, expected, rtol=rtol, atol=1e-10, err_msg=f"forward, {name}")
+
+
+def test_forward_derivatives_of_the_loss_of_the_flow():
+    check("loss of the flow", SMALL, SMALL, modes=["forward"], solver="tsit5")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("observed", OBSERVED)
 def test_derivatives_on_a_small_problem(observed):
-    """Reverse and forward mode in every parameter."""
-    function, unseen = OBSERVED[observed], UNSEEN.get(observed, set())
-    gradient = jax.jit(jax.grad(function))(SMALL)
-    slope = jax.jit(lambda p, d: jax.jvp(lambda p: function(p, **FORWARD), (p,), (d,))[1])
-    for name in SMALL:
-        expected = reference_slope(function, SMALL, name)
-        assert (expected == 0.0) == (name in unseen), name
-        _, direction = along(SMALL, name, 0.0)
-        reverse = np.sum(gradient[name] * direction)
-        still = {other: np.zeros_like(value) for other, value in SMALL.items()}
-        forward = slope(SMALL, still | {name: direction})
-        assert_allclose(reverse, expected, rtol=1e-6, atol=1e-10, err_msg=f"reverse, {name}")
-        assert_allclose(forward, expected, rtol=1e-6, atol=1e-10, err_msg=f"forward, {name}")
+    """Both modes in every parameter."""
+    check(observed, SMALL, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observed", OBSERVED)
+def test_derivatives_on_the_papers_problem(observed):
+    """Both modes in one direction of the positions."""
+    ends = {"tau_end": 0.02} if "times" in observed else {"tau": (0.0005, 0.004, 0.02)}
+    check(observed, PAPER, ["positions"], rtol=1e-5, **ends)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("epsilon", [None, 0.02])
+def test_hitting_times_of_a_linear_problem_have_exact_derivatives(mode, epsilon):
+    """Against the implicit function theorem on the matrix exponential."""
+    problem = decay()
+    numbers = problem, decay_start(problem), jnp.array(epsilon or 0.02)
+    options = {"tau_end": 2.0, "records": 40, "rtol": 1e-10, "atol": 1e-10, "max_steps": 1024}
+
+    def times(problem, start, given):
+        chosen = None if epsilon is None else given
+        adjoint = diffrax.ForwardMode() if mode == "forward" else None
+        return tts.hitting_times(problem, start, epsilon=chosen, adjoint=adjoint, **options)
+
+    def excess(numbers, tau, goal):
+        problem, start, given = numbers
+        if epsilon is None:
+            slow = toy.limit(problem, start, tau[None])[0]
+        else:
+            slow = toy.flow(problem, start, given, tau[None])[0, 4:]
+        return jnp.abs(slow - problem.goals)[goal] - problem.radius
+
+    found = jax.jit(times)(*numbers)
+    weights = jnp.array([1.0, -2.0])
+    expected = jax.tree.map(jnp.zeros_like, numbers)
+    for goal in range(2):
+        assert abs(excess(numbers, found[goal], goal)) <= 1e-8
+        above, speed = jax.grad(excess, argnums=(0, 1))(numbers, found[goal], goal)
+        expected = jax.tree.map(
+            lambda total, part, s=speed, w=weights[goal]: total - w * part / s, expected, above
+        )
+    if mode == "reverse":
+        got = jax.jit(jax.grad(lambda n: times(*n) @ weights))(numbers)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+        return
+    tangent = jax.tree.map(
+        lambda leaf: jnp.cos(1.0 + jnp.arange(leaf.size)).reshape(leaf.shape), numbers
+    )
+    got = jax.jit(lambda n, d: jax.jvp(lambda n: times(*n) @ weights, (n,), (d,))[1])(
+        numbers, tangent
+    )
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(tangent), strict=True)
+    assert_allclose(got, sum(jnp.sum(one * other) for one, other in pairs), rtol=1e-7)

@@ -94,7 +94,7 @@ def hitting_times(
     if epsilon is not None:
         remedy = "Leave it out for the limit ε → 0."
         _checks.positive("epsilon", epsilon, remedy)
-    known = jax.eval_shape(problem.observables, *problem.structure())
+    known = jax.eval_shape(lambda state: problem.observables(*state), problem.structure())
     _checks.one_of("observable", observable, known, "Or add it to `problem.observables`.")
     if len(known[observable].shape) != 1:
         raise ValueError(
