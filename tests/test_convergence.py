@@ -224,8 +224,11 @@ def test_drawing_takes_whatever_parts_there_are(data):
     whole = study.draw(data)
     assert isinstance(whole, Figure)
     assert all(ax.has_data() for ax in whole.axes)
-    part = study.draw({"small_step": data["small_step"]})
-    assert [ax.get_title(loc="left") for ax in part.axes] == ["not computed", "not computed", ""]
+    assert len(whole.axes) == 3
+    (ax,) = study.draw({"small_step": data["small_step"]}).axes
+    assert ax.get_xlabel() == "step size h"
+    with pytest.raises(ValueError, match="small_epsilon, small_width, small_step"):
+        study.draw({"late_hits": data["late_hits"]})
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -768,23 +768,29 @@ def draw(data: Data) -> Figure:
     """The three distances against ε, η and h on logarithmic axes.
 
     Args:
-        data: names of parts to what they returned; a part that is not there leaves its panel
-            empty.
+        data: names of parts to what they returned; each of `small_epsilon`, `small_width` and
+            `small_step` that is there gets a panel.
+
+    Raises:
+        ValueError: none of the three is there.
     """
+    draws = {"small_epsilon": _draw_epsilon, "small_width": _draw_width}
+    draws |= {"small_step": _draw_step}
+    present = [name for name in draws if name in data]
+    if not present:
+        raise ValueError(
+            f"Argument `data` must hold one of {', '.join(draws)}, got {list(data)}. Compute one."
+        )
     with plot.theme():
-        drawing = plot.figure(10.8, 4.4)
-        panels = list(drawing.subplots(1, 3))
-        draws = {"small_epsilon": _draw_epsilon, "small_width": _draw_width}
-        draws |= {"small_step": _draw_step}
-        for ax, (name, one) in zip(panels, draws.items(), strict=True):
+        drawing = plot.figure(3.6 * len(present) + 0.3 * (len(present) == 1), 4.4)
+        panels = list(np.ravel(drawing.subplots(1, len(present))))
+        for ax, name in zip(panels, present, strict=True):
             ax.set_xscale("log")
             ax.set_yscale("log")
-            if name in data:
-                one(ax, data[name])
-                ax.legend(loc="lower left", bbox_to_anchor=(-0.04, 1.0), fontsize=7.5)
-            else:
-                ax.set_title("not computed")
-        plot.panel_letters(panels)
+            draws[name](ax, data[name])
+            ax.legend(loc="lower left", bbox_to_anchor=(-0.04, 1.0), fontsize=7.5)
+        if len(panels) > 1:
+            plot.panel_letters(panels)
     return drawing
 
 
