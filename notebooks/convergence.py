@@ -94,6 +94,10 @@ study.draw({"small_epsilon": few})
 whole = few.whole.values[few.solved.values]
 for epsilon, distance in zip(few.epsilon.values, np.median(whole, axis=0), strict=True):
     print(f"ε = {epsilon:.0e}: {distance:.1e} widths in the median start")
+odd = np.argmax(whole[:, -1])
+on_path = few.smallest_on_path.values[few.solved.values]
+print(f"\nfarthest at the smallest ε: a start with λ_min = {on_path[odd]:.1e} on its way")
+print(f"(median {np.median(on_path):.1e}), {whole[odd, -1]:.1e} widths away\n")
 for row in study.slopes({"small_epsilon": few}):
     if row.points:
         print(f"{row.range}, {row.quantity}: slope {row.slope:.2f} [{row.low:.2f}, {row.high:.2f}]")
