@@ -104,9 +104,9 @@ for row in study.slopes({"small_epsilon": few}):
 
 # %% [markdown]
 # Far below $\varepsilon_c$ the order is one, as the theory of slow manifolds has it. Around it the
-# distance falls more slowly. A start whose line lies apart has two neurons very close to each other,
-# at the start or later: its $\lambda_{\min}$ is far below that of the others, and the range in which
-# the order is one begins further down.
+# distance falls more slowly. A start whose line lies apart has two neurons very close to each
+# other, at the start or later: its $\lambda_{\min}$ is far below that of the others, and the range
+# in which the order is one begins further down.
 #
 # ## The flow is late
 #
