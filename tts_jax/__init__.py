@@ -1,6 +1,7 @@
 """Fast, exact simulation of two-timescale (fast–slow) learning dynamics in JAX."""
 
 from tts_jax._flow import flow as flow
+from tts_jax._hitting import hitting_times as hitting_times
 from tts_jax._limit import limit as limit, sharp_limit as sharp_limit
 from tts_jax._problem import AbstractProblem as AbstractProblem, State as State
 from tts_jax._rosenbrock import Rodas5P as Rodas5P

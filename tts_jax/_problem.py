@@ -181,6 +181,13 @@ class AbstractProblem(eqx.Module):
         del fast, slow
         return {}
 
+    def goal_radius(self) -> Float[ArrayLike, ""]:
+        """The distance at which `hitting_times` counts a goal as hit, unless told otherwise."""
+        raise TypeError(
+            f"`{type(self).__name__}` does not define `goal_radius`, so `hitting_times` needs "
+            f"its argument `radius`. Pass it, or define `goal_radius`."
+        )
+
     def reduced_observables(self, slow: PyTree[Array]) -> dict[str, Array]:
         """Named quantities that `limit` records into `.stats`, such as a condition number."""
         del slow

@@ -1,5 +1,6 @@
 """The command line: `tts-jax reproduce` computes the paper's figures and writes what they show,
-`tts-jax sweep` runs SGD over a grid of settings and `tts-jax resume` goes on with a sweep.
+`tts-jax study` measures how the dynamics tend to each other, `tts-jax sweep` runs SGD over a grid
+of settings and `tts-jax resume` goes on with a sweep.
 
 Each command is a function in `APP`; its docstring is its help. Arguments are checked before
 anything is computed, data are written before anything is drawn. Exit codes: 0 everything was
@@ -7,6 +8,7 @@ made, 1 something could not be computed, drawn or written, 2 a bad argument, 130
 terminated.
 """
 
+import csv
 import sys
 import tempfile
 import time
@@ -21,7 +23,7 @@ import tyro
 import xarray
 
 from tts_jax import _compat, _distributed
-from tts_jax._checkpoint import Stopped, terminated_like_interrupted
+from tts_jax._checkpoint import Stopped, replacing, terminated_like_interrupted
 from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
 from tts_jax._trajectory import Status, write_netcdf
 from tts_jax._version import __version__
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 FigureName = Literal["figure3", "figure4", "figure5", "figure7", "all"]
+StudyName = Literal["convergence"]
 Scale = Literal["quick", "paper"]
 
 APP = tyro.extras.SubcommandApp()
@@ -156,6 +159,89 @@ def _reproduced(
             group.draw(name, data, report)
         report.add(group)
     return report
+
+
+@APP.command
+def study(
+    subject: Annotated[
+        tyro.conf.Positional[StudyName],
+        tyro.conf.arg(
+            metavar="[convergence]",
+            help="convergence: the flow against the limit as ε → 0, the limit against the sharp "
+            "limit as η → 0, SGD against the flow as h → 0, and which failures are late hits.",
+        ),
+    ] = "convergence",
+    *,
+    scale: Annotated[
+        Scale,
+        tyro.conf.arg(
+            help="quick: about two minutes on two cores. paper: more starts, widths and step sizes."
+        ),
+    ] = "quick",
+    seeds: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Number of random starts of flow and limit. SGD runs and the starts of the late "
+            "hits change in proportion; there are at least 16.",
+            help_behavior_hint="(default: 8, at scale paper 64)",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
+    ] = Path("results"),
+) -> int:
+    """Measure orders of convergence on the problem of Marion & Berthier (2023).
+
+    Writes the netCDF data, two tables in CSV, a PNG and a PDF, and prints the tables: slopes
+    with 95 % confidence intervals, and failures of the flow against what the limits predict.
+    """
+    if seeds is not None and seeds < 1:
+        raise UsageError(
+            f"Argument `--seeds` must be an integer of at least 1, got {seeds}. Leave it out for "
+            f"the default."
+        )
+    _check_folder(out)
+    with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
+        return _studied(subject, scale, seeds, out)
+
+
+def _studied(subject: StudyName, scale: Scale, seeds: int | None, out: Path) -> int:
+    """Compute and write the parts of a study, then its tables, then its figure."""
+    from tts_jax import plot
+    from tts_jax.experiments import convergence
+
+    settings = convergence.settings_of(scale, seeds)
+    report, data, files = _Report(), {}, []
+    print(f"{subject}: {settings.starts} starts, {settings.runs} runs of SGD per step size")
+    for name, compute in convergence.PARTS.items():
+        began = time.perf_counter()
+        try:
+            dataset = compute(settings, progress=True)
+        except Exception:
+            report.failure(f"{name} could not be computed")
+            continue
+        data[name] = dataset
+        files.append(write_netcdf(dataset, out / f"{subject}_{name}.nc"))
+        print(f"  {name}: {time.perf_counter() - began:.1f} s, data in {files[-1]}")
+    if data:
+        for name, table in convergence.tables(data).items():
+            files.append(_write_csv(table, out / f"{subject}_{name}.csv"))
+            print(f"\n{_table(table[0], table[1:])}")
+        for line in convergence.remarks(data):
+            print(line)
+        try:
+            files += plot.save(convergence.draw(data), out / subject)
+        except Exception:
+            report.failure(f"{subject} could not be drawn; its data are in `{out}`")
+        print("\nFiles: " + ", ".join(str(path) for path in files))
+    return report.code
+
+
+def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> Path:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
 
 
 @dataclass(frozen=True)

@@ -321,9 +321,21 @@ class Univariate(AbstractProblem):
 
     @double_precision
     @eqx.filter_jit
+    def gram_eigenvalues(self, slow: Float[Array, " m"]) -> Float[Array, " m1"]:
+        """The eigenvalues λ of the Gram matrix G(u), ascending, `[m+1]`.
+
+        At fixed positions the flow's weights approach a*(u) along the eigenvectors at the rates
+        2λ/ε in slow time τ, so that the slowest mode takes ε/(2λ_min). The smallest eigenvalue
+        falls with the square of the gap between neurons that are closer than η; below about
+        1e-15 of the largest it is rounding error and may be negative.
+        """
+        return jnp.linalg.eigvalsh(self._gram(self._vector("slow", slow))[0])
+
+    @double_precision
+    @eqx.filter_jit
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of the Gram matrix G(u); infinite where neurons coincide."""
-        eigenvalues = jnp.linalg.eigvalsh(self._gram(self._vector("slow", slow))[0])
+        eigenvalues = self.gram_eigenvalues(slow)
         smallest = eigenvalues[0]
         resolved = smallest > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
         ratio = eigenvalues[-1] / jnp.where(resolved, smallest, 1.0)
@@ -351,6 +363,10 @@ class Univariate(AbstractProblem):
     def slow_scale(self) -> Float[ArrayLike, ""]:
         # a few widths: below it, position errors are seen by the steps of near neighbours
         return 4.0 * self.eta
+
+    def goal_radius(self) -> Float[ArrayLike, ""]:
+        # a jump is recovered when a neuron is within one width of it
+        return self.eta
 
     def reduced_observables(self, slow: Float[Array, " m"]) -> dict[str, Array]:
         return {"condition": self.condition(slow)}
