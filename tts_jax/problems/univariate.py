@@ -19,7 +19,12 @@ from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
-from tts_jax.problems import _sharp, _step, _univariate_sgd
+from tts_jax.problems import _plateau, _sharp, _step, _univariate_sgd
+
+
+# From so many neurons on, loss, gradient and a*(u) are summed over near neighbours (`_plateau`); below
+# it all pairs at once are faster, also under `vmap`.
+SORTED_FROM = 128
 
 
 def _as_float(value: Any) -> Any:
@@ -220,8 +225,14 @@ class Univariate(AbstractProblem):
     @double_precision
     @eqx.filter_jit
     def loss(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, ""]:
-        """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line."""
+        """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line.
+
+        Loss, `fields`, `critical` and `condition` take time and memory in proportion to m and to the
+        number of neighbours closer than η.
+        """
         fast, slow = self._vector("fast", fast), self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.loss(fast, slow, self._numbers())
         gram, target = self._gram(slow)
         values, jumps = jnp.asarray(self.target.values), jnp.asarray(self.target.jumps)
         lengths = jnp.diff(jumps, prepend=0.0, append=1.0)
@@ -232,6 +243,8 @@ class Univariate(AbstractProblem):
     def fields(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> State:
         """−∂L/∂a, `[m+1]`, and −∂L/∂u, `[m]`, in closed form."""
         fast, slow = self._vector("fast", fast), self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return State(*_plateau.fields(fast, slow, self._numbers()))
         integrals = self._integrals(slow)
         misfit = integrals.cross @ fast - integrals.target_bump
         return State(2.0 * (integrals.target - integrals.gram @ fast), 2.0 * fast[1:] * misfit)
@@ -289,9 +302,12 @@ class Univariate(AbstractProblem):
         out again by refinement. Where neurons coincide and the minimiser is not unique, this
         is the one of least norm, to which the fast flow from a = 0 converges. `condition`
         tells how well a* is determined: its relative error is about the machine epsilon times
-        that number.
+        that number. With many neurons the factorisation is a band, unless more than some 127
+        neighbours overlap.
         """
         slow = self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.critical(slow, self._numbers())
         gram, target = self._gram(slow)
         factor = _shifted_cholesky(gram)
         solution = jax.scipy.linalg.cho_solve(factor, target)
@@ -322,7 +338,10 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of the Gram matrix G(u); infinite where neurons coincide."""
-        eigenvalues = jnp.linalg.eigvalsh(self._gram(self._vector("slow", slow))[0])
+        slow = self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.condition(slow, self._numbers())
+        eigenvalues = jnp.linalg.eigvalsh(self._gram(slow)[0])
         smallest = eigenvalues[0]
         resolved = smallest > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
         ratio = eigenvalues[-1] / jnp.where(resolved, smallest, 1.0)
@@ -341,7 +360,10 @@ class Univariate(AbstractProblem):
         """Of the weights at most 2 tr G/ε; of a neuron at rest on a jump w some 10 w²/η."""
         del fast
         heights = jnp.asarray(self.target.heights)
-        weights = 2.0 * jnp.trace(self._gram(slow)[0]) / epsilon
+        numbers = self._numbers()
+        single = _plateau.singles(_plateau.places(slow, numbers.eta), numbers)
+        trace = 1.0 + jnp.sum(1.0 - single.start - numbers.eta * single.own)
+        weights = 2.0 * trace / epsilon
         return jnp.maximum(weights, 10.0 * jnp.max(heights**2, initial=0.0) / self.eta)
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
@@ -425,6 +447,10 @@ class Univariate(AbstractProblem):
                 f"states map over it with `jax.vmap`."
             )
         return value
+
+    def _numbers(self) -> _plateau.Numbers:
+        target = self.target
+        return _plateau.Numbers(*map(jnp.asarray, (self.eta, target.jumps, target.values)))
 
     def _edges(self, slow: Float[Array, " m"]) -> tuple[Array, Array, Array]:
         """Whether a step touches [0, 1], and its signed distances past 0 and past 1 in η.
