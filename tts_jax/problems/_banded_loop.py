@@ -84,7 +84,11 @@ def _pairs(at: Places, eta: Array, width: Width, ends: Any) -> tuple[list[Pair],
     return [_plateau.pair(_rows(at, i), _rows(at, j), eta, ends) for i, j in places], places
 
 
-def _sums(weights: Array, alone: Singles, pairs: list[Pair], places: list[tuple]) -> Weighted:
+def _sums(
+    weights: Array, alone: Singles, pairs: list[Pair], places: list[tuple], ones: Array
+) -> Weighted:
+    # each is used at both ends of its pair; see `_factorise` for the division
+    pairs = [Pair(*(part / ones for part in both)) for both in pairs]
     overlap, force = alone.own * weights, alone.own_slope * weights
     for both, (first, second) in zip(pairs, places, strict=True):
         before, after = both.overlap * weights[second], both.overlap * weights[first]
@@ -108,21 +112,21 @@ def _reach(at: Places, width: Width) -> Bool[Array, ""]:
     return jnp.any(at.left[1:] > -0.5) | jnp.any(at.right[:-1] > -0.5)
 
 
-def _gradient(y: Array, numbers: Numbers, width: Width) -> Array:
+def _gradient(y: Array, numbers: Numbers, width: Width, ones: Array) -> Array:
     """−∂L/∂y, `[2m + 1, lanes]`."""
     at = _plateau.places(y[1::2], numbers.eta)
 
-    def compute(y: Array, at: Places, numbers: Numbers, ends: bool) -> Array:
+    def compute(y: Array, at: Places, numbers: Numbers, ones: Array, ends: bool) -> Array:
         plateaus = y[0::2]
         weights = plateaus[1:] - plateaus[:-1]
         alone = _plateau.singles(at, numbers)
         pairs, places = _pairs(at, numbers.eta, width, ends)
-        sums = _sums(weights, alone, pairs, places)
+        sums = _sums(weights, alone, pairs, places, ones)
         drive, misfit = _plateau.velocities(plateaus, weights, alone, sums, numbers)
         return _interleaved(drive, 2.0 * weights * misfit)
 
     with_ends, without = partial(compute, ends=True), partial(compute, ends=False)
-    return jax.lax.cond(_reach(at, width), with_ends, without, y, at, numbers)
+    return jax.lax.cond(_reach(at, width), with_ends, without, y, at, numbers, ones)
 
 
 def _interleaved(plateaus: Array, slow: Array) -> Array:
@@ -203,7 +207,8 @@ def _band_hessian(y: Array, at: Places, numbers: Numbers, width: Width, ends: bo
     m = weights.shape[0]
     alone = _plateau.singles(at, numbers)
     pairs, places = _pairs(at, eta, width, ends)
-    sums = _sums(weights, alone, pairs, places)
+    ones = jnp.ones_like(y[0])
+    sums = _sums(weights, alone, pairs, places, ones)
     _, misfit = _plateau.velocities(plateaus, weights, alone, sums, numbers)
     near = width.matrix
     fast = [2.0 * entry for entry in _fast_hessian(alone, pairs, eta, near)]
@@ -252,7 +257,8 @@ def _dense_hessian(y: Array, at: Places, numbers: Numbers, width: Width, ends: b
     m, lanes = weights.shape
     alone = _plateau.singles(at, numbers)
     pairs, places = _pairs(at, eta, width, ends)
-    sums = _sums(weights, alone, pairs, places)
+    ones = jnp.ones_like(y[0])
+    sums = _sums(weights, alone, pairs, places, ones)
     _, misfit = _plateau.velocities(plateaus, weights, alone, sums, numbers)
     (both,), ((i, j),) = pairs, places
     own = np.arange(m)
@@ -524,7 +530,7 @@ def _attempt(
     def stage(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         stages, low, high = carry
         here = y + _combined(a[i], stages)
-        right = _gradient(here, numbers, width)
+        right = _gradient(here, numbers, width, ones)
         right = right + _mass_times(_combined(c[i], stages) / h, mass, inertia)
         if differentiable:
             k = jax.lax.custom_linear_solve(times, right, lambda _, b: solved(b), symmetric=True)
@@ -567,7 +573,7 @@ def _norm(value: Array, first: Array, second: Array, epsilon: Array, setting: Se
 
 def _velocity(y: Array, epsilon: Array, inertia: Array, numbers: Numbers, width: Width) -> Array:
     """dy/dτ; in the limit 0 for the plateaus."""
-    gradient = _gradient(y, numbers, width)
+    gradient = _gradient(y, numbers, width, jnp.ones_like(y[0]))
     fast = jnp.cumsum(jnp.cumsum(gradient[0::2][::-1], axis=0)[::-1], axis=0)
     fast = jnp.where(epsilon > 0, fast / jnp.where(epsilon > 0, epsilon, 1.0), 0.0)
     return _interleaved(fast, gradient[1::2] / inertia)
@@ -746,6 +752,7 @@ def _run(
     ones = jnp.ones(lanes) + 0.0 * setting.rtol  # not a constant to the compiler
 
     def refill(loop: Loop) -> Loop:
+        """Idle lanes give their answer and take the next starts; records are left alone."""
         loop = _retired(loop)
         free = ~loop.running
         place = loop.taken + jnp.cumsum(free) - 1
@@ -777,7 +784,6 @@ def _run(
             recorded=jnp.where(fill, 0, loop.recorded),
             taken=jnp.minimum(loop.taken + jnp.sum(free), total),
         )
-        loop = _recorded(loop, loop.y, jnp.zeros((8, n, lanes)), loop.time, jnp.ones(lanes), fill)
         over = fill & (end <= 0)
         too_narrow = fill & ~_wide_enough(slow, slow, eta, width)
         return loop._replace(
@@ -862,12 +868,21 @@ def _run(
     def body(loop: Loop) -> Loop:
         idle = jnp.sum(~loop.running)
         due = (loop.taken < total) & ((idle >= max(lanes // 8, 1)) | (idle == lanes))
-        return advance(jax.lax.cond(due, refill, lambda loop: loop, loop))
+        # a branch that returned the large arrays would copy them
+        small = loop._replace(records=jnp.zeros(0), sizes=jnp.zeros(0))
+        small = jax.lax.cond(due, refill, lambda loop: loop, small)
+        return advance(small._replace(records=loop.records, sizes=loop.sizes))
 
     def unfinished(loop: Loop) -> Array:
         return jnp.any(loop.running) | (loop.taken < total)
 
     whole = partial(jnp.zeros, dtype=jnp.int32)
+    records = jnp.full((count, times, n + m), jnp.nan)
+    # the start of a flow is known even if no step succeeds
+    known = chosen & (starts.epsilon > 0) & (setting.tau[0] <= 0)
+    first = _interleaved(starts.plateaus.T, starts.slow.T).T
+    first = jnp.concatenate([first, starts.label.astype(first.dtype)], axis=1)
+    records = records.at[:, 0].set(jnp.where(known[:, None], first, jnp.nan))
     loop = Loop(
         y=jnp.zeros((n, lanes)),
         label=jnp.zeros((m, lanes), starts.label.dtype),
@@ -882,7 +897,7 @@ def _run(
         accepted=whole(lanes),
         recorded=jnp.zeros(lanes, jnp.searchsorted(setting.tau, 0.0).dtype),
         taken=jnp.zeros_like(total),
-        records=jnp.full((count * times, n + m), jnp.nan),
+        records=records.reshape(count * times, n + m),
         answers=jnp.zeros((count, 4)),
         sizes=jnp.zeros((count, log)),
     )
