@@ -128,11 +128,14 @@ def test_condition_number():
         assert abs(got / expected - 1) <= 1e-14 * expected + 1e-12
 
 
-@pytest.mark.parametrize(("function", "derivative"), [
-    (_plateau.gap_overlap, lambda r: -_plateau.gap_tail(r)),
-    (_plateau.gap_tail, lambda r: -_step.gap_density(r)),
-    (_plateau.own_cut, lambda z: -_step.step(z) * (1 - _step.step(z))),
-])
+@pytest.mark.parametrize(
+    ("function", "derivative"),
+    [
+        (_plateau.gap_overlap, lambda r: -_plateau.gap_tail(r)),
+        (_plateau.gap_tail, lambda r: -_step.gap_density(r)),
+        (_plateau.own_cut, lambda z: -_step.step(z) * (1 - _step.step(z))),
+    ],
+)
 def test_each_function_is_an_antiderivative(function, derivative):
     points = jnp.linspace(-1.3, 1.3, 211) + 1e-3
     points = points[points < 0.5] if function is _plateau.own_cut else points

@@ -671,9 +671,7 @@ def _wide_enough(low: Array, high: Array, eta: Array, width: Width) -> Bool[Arra
     return jnp.all(least - most >= eta, axis=0)
 
 
-def _sorted_lane(
-    y: Array, label: Array, inertia: Array
-) -> tuple[Array, Array, Array]:
+def _sorted_lane(y: Array, label: Array, inertia: Array) -> tuple[Array, Array, Array]:
     """Neurons in ascending order again; swapping k and k + 1 turns F_k into F_{k−1} + F_{k+1} − F_k."""
 
     def sort(y: Array, label: Array, inertia: Array) -> tuple[Array, Array, Array]:
@@ -825,9 +823,7 @@ def _run(
         # a step that would leave a sliver ends at the last time
         last = loop.time + loop.h * (1 + 1e-10) >= end
         h = jnp.where(last, end - loop.time, loop.h)
-        step = _attempt(
-            loop.y, h, loop.epsilon, loop.inertia, ones, setting.numbers, width
-        )
+        step = _attempt(loop.y, h, loop.epsilon, loop.inertia, ones, setting.numbers, width)
         error = _norm(step.stages[7], loop.y, step.end, loop.epsilon, setting)
         sound = jnp.all(jnp.isfinite(step.end), axis=0) & jnp.isfinite(error)
         error = jnp.where(sound, error, jnp.inf)
@@ -835,9 +831,7 @@ def _run(
         too_narrow = keep & ~_wide_enough(step.low, step.high, eta, width)
         keep = keep & ~too_narrow
         factor = _SAFETY * error ** (-1 / 5)
-        factor = jnp.where(
-            keep, jnp.clip(factor, 1.0, _FASTER), jnp.clip(factor, _SLOWER, _SAFETY)
-        )
+        factor = jnp.where(keep, jnp.clip(factor, 1.0, _FASTER), jnp.clip(factor, _SLOWER, _SAFETY))
         time = jnp.where(keep, jnp.where(last, end, loop.time + h), loop.time)
         sizes = loop.sizes
         if log:
@@ -1031,9 +1025,7 @@ def _one_width(
     n = 2 * starts.slow.shape[1] + 1
     y = records[..., :n]
     loss = _losses(y, setting.numbers, width)
-    new = Solution(
-        y, records[..., n:], loss, answers, before.width + 1, sizes
-    )
+    new = Solution(y, records[..., n:], loss, answers, before.width + 1, sizes)
     return jax.tree.map(
         lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, before
     )
@@ -1063,9 +1055,7 @@ def _all_widths(starts: Start, setting: Setting, log: int) -> Solution:
             skipped = chosen & (overlapping > width.summed)
             solution = solution._replace(width=jnp.where(skipped, level, solution.width))
             chosen &= ~skipped
-        run = partial(
-            _one_width, width=width, lanes=_lanes_for(count, width, m), log=log
-        )
+        run = partial(_one_width, width=width, lanes=_lanes_for(count, width, m), log=log)
         if concrete:
             # in a batch of their own size, so that the few that are left stay cheap
             if np.any(np.asarray(chosen)):

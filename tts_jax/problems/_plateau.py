@@ -344,9 +344,7 @@ def _quadratic(
     def visit(total: Array, offset: Array | int, size: int) -> Array:
         first = _part(at, lambda part: jnp.broadcast_to(part, (size, rows)))
         both = pair(first, _later(at, offset, size), eta, reach)
-        return total + 2.0 * jnp.sum(
-            both.overlap * weights * _windows(weights, offset, size, 0.0)
-        )
+        return total + 2.0 * jnp.sum(both.overlap * weights * _windows(weights, offset, size, 0.0))
 
     return _over_groups(visit, jnp.sum(alone.own * weights**2), rows, count)
 
@@ -362,9 +360,7 @@ def _ends(x: Float[Array, "m ..."], last: Array | float) -> Float[Array, "m2 ...
     return jnp.concatenate([jnp.zeros_like(x[:1]), x, jnp.zeros_like(x[:1]) + last])
 
 
-def loss(
-    fast: Float[Array, " m1"], slow: Float[Array, " m"], numbers: Numbers
-) -> Float[Array, ""]:
+def loss(fast: Float[Array, " m1"], slow: Float[Array, " m"], numbers: Numbers) -> Float[Array, ""]:
     """The population loss of one state, neurons in any order; O(m · neighbours)."""
     weights, slow, _ = _sorted(fast, slow)
     at = places(slow, numbers.eta)
@@ -416,9 +412,7 @@ def velocities(
 _BLOCKS = (16, 128)
 
 
-def fast_band(
-    at: Places, alone: Singles, eta: Array, width: int
-) -> Float[Array, "width1 m1"]:
+def fast_band(at: Places, alone: Singles, eta: Array, width: int) -> Float[Array, "width1 m1"]:
     """Half the Hessian in F: row o has the entries (k, k + o), zero beyond the end."""
     rows = at.slow.shape[0]
     offsets = min(width, rows - 1) if rows > 1 else 0
@@ -430,7 +424,7 @@ def fast_band(
         overlap = overlap.at[1 : offsets + 1].set(found)
     # t[o, k] = overlap of k and k + o for k = 0 … m + 1, zero for the bias and past the end
     t = jnp.pad(overlap, ((0, 0), (1, 1)))
-    before = jnp.concatenate([t[1:2, :-1], t[: width, 1:]])  # (k + 1, k + o)
+    before = jnp.concatenate([t[1:2, :-1], t[:width, 1:]])  # (k + 1, k + o)
     band = -eta * (t[: width + 1, :-1] - before - t[1 : width + 2, :-1] + t[: width + 1, 1:])
     return band.at[0].add(jnp.diff(_ends(alone.start, 1.0)))
 

@@ -1,0 +1,121 @@
+"""The banded lane engine: against Diffrax on the dense form, alone and in company, differentiated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import JUMPS, VALUES
+
+import tts_jax as tts
+from tts_jax._problem import State
+from tts_jax.problems import _banded_loop
+
+
+TARGET = tts.PiecewiseConstant([0.4, 0.7], [1.0, 3.0, 0.0])
+PROBLEM = tts.Univariate(TARGET, neurons=5, eta=0.05)
+TAU = np.array([0.0, 0.002, 0.01, 0.03])
+EPSILON = 0.01
+# starts that are crossed, crowded, astride of the ends, coincident or outside
+POSITIONS = np.array(
+    [
+        [0.2, 0.35, 0.5, 0.62, 0.85],
+        [0.5, 0.1, 0.9, 0.3, 0.7],
+        [0.5, 0.505, 0.51, 0.517, 0.524],
+        [0.38, 0.41, 0.42, 0.43, 0.6],
+        [-0.01, 0.012, 0.5, 0.995, 1.01],
+        [0.3, 0.3, 0.5, 0.6, 0.6],
+        [-0.2, 0.25, 0.5, 0.75, 1.4],
+    ]
+)
+# the limit of starts whose weights are determined
+FOR_LIMIT = POSITIONS[[0, 1, 3, 5, 6]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_lanes():
+    """Fewer lanes than starts, so that lanes are taken from the queue."""
+    before, _banded_loop.LANES = _banded_loop.LANES, 4
+    yield
+    _banded_loop.LANES = before
+
+
+def starts(positions):
+    return State(jnp.zeros((len(positions), 6)), jnp.asarray(positions))
+
+
+def solve(state, epsilon, problem=PROBLEM, tol=1e-9, max_steps=20_000):
+    epsilon = jnp.full(state.slow.shape[0], epsilon)
+    tau = jnp.asarray(TAU)
+    return _banded_loop.solve(problem, state, epsilon, tau, rtol=tol, atol=tol, max_steps=max_steps)
+
+
+def agree(answer, expected, bound):
+    assert np.all(answer["status"] == 0)
+    for name in ("fast", "slow", "loss"):
+        np.testing.assert_allclose(answer[name], getattr(expected, name), atol=bound, err_msg=name)
+
+
+def test_flow_of_hostile_starts():
+    state = starts(POSITIONS)
+    expected = tts.flow(
+        PROBLEM, state, epsilon=EPSILON, tau=TAU, solver="rodas5p", rtol=1e-10, atol=1e-10
+    )
+    answer = solve(state, EPSILON)
+    agree(answer, expected, 2e-8)
+    # who needed more neighbours was done with more
+    assert answer["stats"]["bandwidth"][2] == 4
+    assert answer["stats"]["bandwidth"][0] == 2
+    np.testing.assert_array_equal(answer["stats"]["reached"], TAU[-1])
+    stats = answer["stats"]
+    np.testing.assert_array_equal(stats["steps"], stats["accepted"] + stats["rejected"])
+
+
+def test_limit():
+    state = starts(FOR_LIMIT)
+    expected = tts.limit(PROBLEM, state, tau=TAU, rtol=1e-10, atol=1e-10)
+    agree(solve(state, 0.0), expected, 1e-7)
+
+
+def test_a_lane_alone_and_in_company():
+    state = starts(POSITIONS)
+    together = solve(state, EPSILON)
+    for lane in range(len(POSITIONS)):
+        alone = solve(jax.tree.map(lambda x, i=lane: x[i : i + 1], state), EPSILON)
+        assert alone["stats"]["steps"][0] == together["stats"]["steps"][lane]
+        for name in ("fast", "slow", "loss"):
+            np.testing.assert_allclose(alone[name][0], together[name][lane], atol=1e-12)
+
+
+def test_a_failure_keeps_what_was_computed():
+    state = starts(POSITIONS[:2])
+    whole = solve(state, EPSILON)
+    cut = solve(state, EPSILON, max_steps=int(whole["stats"]["steps"][0]) // 2)
+    assert cut["status"][0] == tts.Status.MAX_STEPS
+    reached = float(cut["stats"]["reached"][0])
+    assert 0 < reached < TAU[-1]
+    before = TAU <= reached
+    for name in ("fast", "slow", "loss"):
+        np.testing.assert_array_equal(cut[name][0][before], whole[name][0][before])
+        assert np.all(np.isnan(cut[name][0][~before]))
+
+
+def test_under_jit():
+    state = starts(POSITIONS)
+    traced = jax.jit(lambda state: solve(state, EPSILON))(state)
+    direct = solve(state, EPSILON)
+    for name in ("fast", "slow", "loss"):
+        np.testing.assert_allclose(traced[name], direct[name], atol=1e-12)
+
+
+@pytest.mark.slow
+def test_twenty_neurons_within_one_width():
+    """More neighbours than any band holds: the dense matrix takes over."""
+    problem = tts.Univariate(tts.PiecewiseConstant(JUMPS, VALUES), neurons=20, eta=0.05)
+    slow = np.linspace(0.48, 0.52, 20)[None]
+    state = State(jnp.zeros((1, 21)), jnp.asarray(slow))
+    expected = tts.flow(
+        problem, state, epsilon=EPSILON, tau=TAU, solver="rodas5p", rtol=1e-10, atol=1e-10
+    )
+    answer = solve(state, EPSILON, problem)
+    assert answer["stats"]["bandwidth"][0] == 19
+    agree(answer, expected, 1e-7)
