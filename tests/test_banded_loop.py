@@ -1,4 +1,4 @@
-"""The banded lane engine: against Diffrax on the dense form, alone and in company, differentiated."""
+"""The banded lane engine: against Diffrax on the dense form, alone and in company, derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -119,3 +119,66 @@ def test_twenty_neurons_within_one_width():
     answer = solve(state, EPSILON, problem)
     assert answer["stats"]["bandwidth"][0] == 19
     agree(answer, expected, 1e-7)
+
+
+# --- derivatives ---------------------------------------------------------------------------------
+
+PARAMETERS = {
+    "values": np.array([1.0, 3.0, 0.0]),
+    "eta": np.array(0.05),
+    "slow": np.array([[0.3, 0.33, 0.8], [0.2, 0.5, 0.6]]),
+    "epsilon": np.array([0.05, 0.0]),
+    "times": np.array(1.0),
+}
+
+
+def last(parameters):
+    """A number of the last states of a flow, in which two neurons overlap, and of a limit."""
+    target = tts.PiecewiseConstant([0.4, 0.7], parameters["values"])
+    problem = tts.Univariate(target, neurons=3, eta=parameters["eta"])
+    state = State(jnp.zeros((2, 4)), parameters["slow"])
+    answer = _banded_loop.solve(
+        problem,
+        state,
+        parameters["epsilon"],
+        jnp.array([0.0, 0.005, 0.02]) * parameters["times"],
+        rtol=1e-9,
+        atol=1e-9,
+        max_steps=300,
+    )
+    return jnp.sum(answer["loss"][:, -1]) + jnp.sum(answer["slow"][:, -1] ** 2)
+
+
+def directions():
+    rng = np.random.default_rng(0)
+    for name in PARAMETERS:
+        direction = {n: rng.normal(size=v.shape) * (n == name) for n, v in PARAMETERS.items()}
+        # the limit stays one
+        direction["epsilon"] = direction["epsilon"] * np.array([1.0, 0.0])
+        yield name, direction
+
+
+def check_against_central_differences(slope):
+    value = jax.jit(last)
+    for name, direction in directions():
+        ends = [
+            float(value({n: v + side * direction[n] for n, v in PARAMETERS.items()}))
+            for side in (1e-5, -1e-5)
+        ]
+        np.testing.assert_allclose(
+            slope(direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.slow
+def test_forward_mode():
+    tangent = jax.jit(lambda p, d: jax.jvp(last, (p,), (d,))[1])
+    check_against_central_differences(lambda direction: tangent(PARAMETERS, direction))
+
+
+@pytest.mark.slow
+def test_reverse_mode():
+    gradient = jax.jit(jax.grad(last))(PARAMETERS)
+    check_against_central_differences(
+        lambda direction: sum(np.sum(gradient[n] * direction[n]) for n in direction)
+    )

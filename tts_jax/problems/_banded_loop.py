@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -672,7 +671,7 @@ def _wide_enough(low: Array, high: Array, eta: Array, width: Width) -> Bool[Arra
 
 
 def _sorted_lane(y: Array, label: Array, inertia: Array) -> tuple[Array, Array, Array]:
-    """Neurons in ascending order again; swapping k and k + 1 turns F_k into F_{k−1} + F_{k+1} − F_k."""
+    """Neurons in ascending order again: swapping k and k + 1 makes F_k F_{k−1} + F_{k+1} − F_k."""
 
     def sort(y: Array, label: Array, inertia: Array) -> tuple[Array, Array, Array]:
         order = jnp.argsort(jax.lax.stop_gradient(y[1::2]), axis=0, stable=True)
@@ -1093,8 +1092,7 @@ def _replay_width(
 ) -> tuple[Array, Array, Array]:
     """(y `[lanes, T, n]`, labels, loss) of given steps; differentiable in both modes."""
     count, m = starts.slow.shape
-    n, times, tau = 2 * m + 1, setting.tau.shape[0], setting.tau
-    ones = jnp.ones(count)
+    tau, ones = setting.tau, jnp.ones(count)
     slow, inertia = starts.slow.T, starts.inertia.T
     optimum = jax.lax.cond(
         jnp.any(starts.epsilon == 0),
@@ -1184,16 +1182,21 @@ def replay(
         chosen = steps.width == level
         own = Steps(jnp.where(chosen[:, None], steps.sizes, 0.0), steps.width)
 
-        def one(total: tuple, starts: Start, setting: Setting, own: Steps, width: Width = width):
+        def one(
+            total: tuple,
+            starts: Start,
+            setting: Setting,
+            own: Steps,
+            mine: Array,
+            width: Width = width,
+        ) -> tuple:
             new = _replay_width(starts, setting, own, width)
             return jax.tree.map(
-                lambda a, b: jnp.where((own.width == level).reshape(-1, *[1] * (a.ndim - 1)), a, b),
-                new,
-                total,
+                lambda a, b: jnp.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, total
             )
 
         total = jax.lax.cond(
-            jnp.any(chosen), one, lambda total, *_: total, total, starts, setting, own
+            jnp.any(chosen), one, lambda total, *_: total, total, starts, setting, own, chosen
         )
     y, label, loss = total
     answered = partial(_answered, eta=numbers.eta)
@@ -1250,45 +1253,57 @@ def _assembled(
     }
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _differentiable(
-    numbers: Numbers,
-    state: State,
-    epsilon: Array,
-    tau: Array,
-    tolerances: Tolerances,
-    max_steps: int,
-) -> dict[str, Any]:
-    return _solved(numbers, state, epsilon, tau, tolerances, max_steps)[0]
+def differentiable(values: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A solver with derivatives: its answers are those of `values`, its tangents those of `replay`.
+
+    Args:
+        values: `values(numbers, state, epsilon, tau, tolerances, max_steps)` gives what `solve`
+            does; any engine that solves the same equations to the same tolerances.
+
+    Returns:
+        The same function, differentiable in both modes with respect to its first four arguments.
+        Only where it is differentiated the adaptive solve here is run too, for its step sizes,
+        `[lanes, max_steps]`, and its steps are taken again.
+    """
+
+    @partial(jax.custom_jvp, nondiff_argnums=(5,))
+    def solver(
+        numbers: Numbers,
+        state: State,
+        epsilon: Array,
+        tau: Array,
+        tolerances: Tolerances,
+        max_steps: int,
+    ) -> dict[str, Any]:
+        return values(numbers, state, epsilon, tau, tolerances, max_steps)
+
+    @solver.defjvp
+    def _(max_steps: int, primals: tuple, tangents: tuple) -> tuple:
+        still = jax.lax.stop_gradient(primals)
+        _, steps = _solved(*still, max_steps, log=True)
+        answer = values(*still, max_steps)
+
+        def again(numbers: Numbers, state: State, epsilon: Array, tau: Array) -> tuple:
+            return replay(numbers, state, epsilon, tau, steps)
+
+        _, (fast, slow, loss) = jax.jvp(again, primals[:4], tangents[:4])
+
+        def none(value: Array) -> Any:
+            if jnp.issubdtype(value.dtype, jnp.floating):
+                return jnp.zeros_like(value)
+            return np.zeros(value.shape, jax.dtypes.float0)
+
+        zero = jax.tree.map(none, answer)
+        return answer, {**zero, "fast": fast, "slow": slow, "loss": loss}
+
+    return solver
 
 
-@_differentiable.defjvp
-def _differentiable_jvp(max_steps: int, primals: tuple, tangents: tuple) -> tuple:
-    *inputs, tolerances = primals
-    inputs, tolerances = jax.lax.stop_gradient((tuple(inputs), tolerances))
-    answer, steps = _solved(*inputs, tolerances, max_steps, log=True)
-    return answer, _tangent(answer, steps, primals[:4], tangents[:4])
+def _values(*args: Any) -> dict[str, Any]:
+    return _solved(*args)[0]
 
 
-def _tangent(answer: dict[str, Any], steps: Steps, primals: tuple, tangents: tuple) -> Any:
-    """The tangent of an answer: that of its steps taken again."""
-
-    def again(*inputs: Any) -> tuple[Array, Array, Array]:
-        return replay(*inputs, steps)
-
-    def instantiated(primal: Array, tangent: Any) -> Any:
-        return tangent
-
-    tangents = jax.tree.map(instantiated, primals, tangents)
-    _, (fast, slow, loss) = jax.jvp(again, primals, tangents)
-
-    def none(value: Array) -> Any:
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            return jnp.zeros_like(value)
-        return np.zeros(value.shape, jax.dtypes.float0)
-
-    zero = jax.tree.map(none, answer)
-    return {**zero, "fast": fast, "slow": slow, "loss": loss}
+_differentiable = differentiable(_values)
 
 
 def solve(

@@ -5,8 +5,8 @@ F_k = Σ_{j≤k} a_j, k = 0 … m, so a_j = F_j − F_{j−1}. Let σ_j(x) = σ(
 
     start_j = ∫(1 − σ_j),  area_j = ∫f*(1 − σ_j),  overlap_ij = ∫(1 − σ_i) σ_j/η for i before j,
 
-with start_0 = area_0 = 0, start_{m+1} = 1, area_{m+1} = ∫f*. Then ∫σ_iσ_j = 1 − start_j − η overlap_ij
-and the loss is
+with start_0 = area_0 = 0, start_{m+1} = 1, area_{m+1} = ∫f*. Then
+∫σ_iσ_j = 1 − start_j − η overlap_ij and the loss is
 
     L = Σ_k F_k² (start_{k+1} − start_k) − 2 Σ_k F_k (area_{k+1} − area_k)
         − η Σ_ij a_i a_j overlap_ij + ∫f*².

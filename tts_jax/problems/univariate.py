@@ -22,8 +22,8 @@ from tts_jax._random import typed_key
 from tts_jax.problems import _plateau, _sharp, _step, _univariate_sgd
 
 
-# From so many neurons on, loss, gradient and a*(u) are summed over near neighbours (`_plateau`); below
-# it all pairs at once are faster, also under `vmap`.
+# From so many neurons on, loss, gradient and a*(u) are summed over near neighbours (`_plateau`);
+# with fewer all pairs are computed at once.
 SORTED_FROM = 128
 
 
@@ -227,8 +227,8 @@ class Univariate(AbstractProblem):
     def loss(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line.
 
-        Loss, `fields`, `critical` and `condition` take time and memory in proportion to m and to the
-        number of neighbours closer than η.
+        For many neurons loss, `fields`, `critical` and `condition` take time and memory in
+        proportion to m and to the number of neighbours closer than η.
         """
         fast, slow = self._vector("fast", fast), self._vector("slow", slow)
         if self.neurons >= SORTED_FROM:
