@@ -1279,9 +1279,9 @@ def differentiable(values: Callable[..., dict[str, Any]]) -> Callable[..., dict[
 
     @solver.defjvp
     def _(max_steps: int, primals: tuple, tangents: tuple) -> tuple:
-        still = jax.lax.stop_gradient(primals)
-        _, steps = _solved(*still, max_steps, log=True)
-        answer = values(*still, max_steps)
+        numbers, state, epsilon, tau, tolerances = jax.lax.stop_gradient(primals)
+        _, steps = _solved(numbers, state, epsilon, tau, tolerances, max_steps, log=True)
+        answer = values(numbers, state, epsilon, tau, tolerances, max_steps)
 
         def again(numbers: Numbers, state: State, epsilon: Array, tau: Array) -> tuple:
             return replay(numbers, state, epsilon, tau, steps)
