@@ -49,10 +49,11 @@ def solve(state, epsilon, problem=PROBLEM, tol=1e-9, max_steps=20_000):
     return _banded_loop.solve(problem, state, epsilon, tau, rtol=tol, atol=tol, max_steps=max_steps)
 
 
-def agree(answer, expected, bound):
+def agree(answer, expected, fast, slow):
     assert np.all(answer["status"] == 0)
-    for name in ("fast", "slow", "loss"):
-        np.testing.assert_allclose(answer[name], getattr(expected, name), atol=bound, err_msg=name)
+    for name, bound in (("fast", fast), ("slow", slow), ("loss", slow)):
+        difference = np.max(np.abs(answer[name] - getattr(expected, name)))
+        assert difference <= bound, f"{name}: {difference}"
 
 
 def test_flow_of_hostile_starts():
@@ -61,7 +62,7 @@ def test_flow_of_hostile_starts():
         PROBLEM, state, epsilon=EPSILON, tau=TAU, solver="rodas5p", rtol=1e-10, atol=1e-10
     )
     answer = solve(state, EPSILON)
-    agree(answer, expected, 2e-8)
+    agree(answer, expected, fast=2e-8, slow=2e-8)
     # who needed more neighbours was done with more
     assert answer["stats"]["bandwidth"][2] == 4
     assert answer["stats"]["bandwidth"][0] == 2
@@ -73,7 +74,8 @@ def test_flow_of_hostile_starts():
 def test_limit():
     state = starts(FOR_LIMIT)
     expected = tts.limit(PROBLEM, state, tau=TAU, rtol=1e-10, atol=1e-10)
-    agree(solve(state, 0.0), expected, 1e-7)
+    # the weights of neurons 0.2 η apart follow their positions some 100 times amplified
+    agree(solve(state, 0.0), expected, fast=1e-6, slow=1e-8)
 
 
 def test_a_lane_alone_and_in_company():
@@ -118,7 +120,7 @@ def test_twenty_neurons_within_one_width():
     )
     answer = solve(state, EPSILON, problem)
     assert answer["stats"]["bandwidth"][0] == 19
-    agree(answer, expected, 1e-7)
+    agree(answer, expected, fast=1e-7, slow=1e-8)
 
 
 # --- derivatives ---------------------------------------------------------------------------------

@@ -533,8 +533,10 @@ def normal_equations(slow: Float[Array, " m"], numbers: Numbers) -> Normal:
     def with_matrix(use: Callable, *args: Array) -> Array:
         at, alone, eta = fixed
         band = fast_band(at, alone, eta, n - 1)
-        row, column = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
-        matrix = band[jnp.abs(row - column), jnp.minimum(row, column)]
+        # rows moved right by their number, by reading the padded rows in a shorter stride
+        skewed = jnp.pad(band.T, ((0, 0), (0, n))).reshape(-1)[: n * (2 * n - 1)]
+        upper = skewed.reshape(n, 2 * n - 1)[:, :n]
+        matrix = upper + upper.T - jnp.diag(band[0])
         shifted = matrix + _shift(jnp.trace(matrix)) * jnp.eye(n, dtype=matrix.dtype)
         factor = jax.scipy.linalg.cho_factor(shifted)
         return use(partial(refined, partial(jax.scipy.linalg.cho_solve, factor)), *args)
