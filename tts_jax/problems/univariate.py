@@ -19,7 +19,19 @@ from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
-from tts_jax.problems import _banded_simd, _sharp, _step, _univariate_sgd
+from tts_jax.problems import (
+    _banded_loop,
+    _banded_simd,
+    _plateau,
+    _sharp,
+    _step,
+    _univariate_sgd,
+)
+
+
+# From so many neurons on, loss, gradient and a*(u) are summed over near neighbours (`_plateau`);
+# with fewer all pairs are computed at once.
+SORTED_FROM = 128
 
 
 def _as_float(value: Any) -> Any:
@@ -124,7 +136,7 @@ class Univariate(AbstractProblem):
         "hitting_time": ("jump",),
     }
     gradients: ClassVar = _univariate_sgd.GRADIENTS
-    flow_engines: ClassVar = ("simd",)
+    flow_engines: ClassVar = ("simd", "loop")
     lanes: ClassVar = True
     lane_rows: ClassVar = True
 
@@ -221,8 +233,14 @@ class Univariate(AbstractProblem):
     @double_precision
     @eqx.filter_jit
     def loss(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, ""]:
-        """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line."""
+        """The exact population loss ∫₀¹ (f − f*)² dx, for neurons anywhere on the line.
+
+        For many neurons loss, `fields`, `critical` and `condition` take time and memory in
+        proportion to m and to the number of neighbours closer than η.
+        """
         fast, slow = self._vector("fast", fast), self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.loss(fast, slow, self._numbers())
         gram, target = self._gram(slow)
         values, jumps = jnp.asarray(self.target.values), jnp.asarray(self.target.jumps)
         lengths = jnp.diff(jumps, prepend=0.0, append=1.0)
@@ -233,6 +251,8 @@ class Univariate(AbstractProblem):
     def fields(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> State:
         """−∂L/∂a, `[m+1]`, and −∂L/∂u, `[m]`, in closed form."""
         fast, slow = self._vector("fast", fast), self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return State(*_plateau.fields(fast, slow, self._numbers()))
         integrals = self._integrals(slow)
         misfit = integrals.cross @ fast - integrals.target_bump
         return State(2.0 * (integrals.target - integrals.gram @ fast), 2.0 * fast[1:] * misfit)
@@ -290,9 +310,12 @@ class Univariate(AbstractProblem):
         out again by refinement. Where neurons coincide and the minimiser is not unique, this
         is the one of least norm, to which the fast flow from a = 0 converges. `condition`
         tells how well a* is determined: its relative error is about the machine epsilon times
-        that number.
+        that number. With many neurons the factorisation is a band, unless more than some 127
+        neighbours overlap.
         """
         slow = self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.critical(slow, self._numbers())
         gram, target = self._gram(slow)
         factor = _shifted_cholesky(gram)
         solution = jax.scipy.linalg.cho_solve(factor, target)
@@ -335,6 +358,9 @@ class Univariate(AbstractProblem):
     @eqx.filter_jit
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of the Gram matrix G(u); infinite where neurons coincide."""
+        slow = self._vector("slow", slow)
+        if self.neurons >= SORTED_FROM:
+            return _plateau.condition(slow, self._numbers())
         eigenvalues = self.gram_eigenvalues(slow)
         smallest = eigenvalues[0]
         resolved = smallest > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
@@ -354,10 +380,15 @@ class Univariate(AbstractProblem):
         """Of the weights at most 2 tr G/ε; of a neuron at rest on a jump w some 10 w²/η."""
         del fast
         heights = jnp.asarray(self.target.heights)
-        weights = 2.0 * jnp.trace(self._gram(slow)[0]) / epsilon
+        numbers = self._numbers()
+        single = _plateau.singles(_plateau.places(slow, numbers.eta), numbers)
+        trace = 1.0 + jnp.sum(1.0 - single.start - numbers.eta * single.own)
+        weights = 2.0 * trace / epsilon
         return jnp.maximum(weights, 10.0 * jnp.max(heights**2, initial=0.0) / self.eta)
 
     def solve_flow(self, engine: str, state: State, epsilon: Any, tau: Any, **setting: Any) -> Any:
+        if engine == "loop":
+            return _banded_loop.solve(self, state, epsilon, tau, **setting)
         return _banded_simd.solve(self, *state, epsilon, tau, **setting)
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
@@ -445,6 +476,10 @@ class Univariate(AbstractProblem):
                 f"states map over it with `jax.vmap`."
             )
         return value
+
+    def _numbers(self) -> _plateau.Numbers:
+        target = self.target
+        return _plateau.Numbers(*map(jnp.asarray, (self.eta, target.jumps, target.values)))
 
     def _edges(self, slow: Float[Array, " m"]) -> tuple[Array, Array, Array]:
         """Whether a step touches [0, 1], and its signed distances past 0 and past 1 in η.
