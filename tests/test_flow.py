@@ -151,7 +151,7 @@ def test_lane_alone_and_in_a_batch(problem, starts):
 
 def test_auto_takes_the_explicit_solver_only_where_it_is_not_stiff(problem, separated):
     def chosen(epsilon, end):
-        answer = tts.flow(problem, separated, epsilon=epsilon, tau=[end])
+        answer = tts.flow(problem, separated, epsilon=epsilon, tau=[end], engine="diffrax")
         return dict(answer.notes)["solver"]
 
     assert chosen(1.0, 0.05) == "tsit5"

@@ -62,11 +62,12 @@ def flow(
         rtol: relative tolerance of one step.
         atol: absolute tolerance of one step, in the units of the state.
         engine: how the lanes are solved. `"simd"`: side by side in the vectors of the CPU, compiled
-            by LLVM (extra `cpu`); `"loop"`: the same in JAX alone, on any device; `"diffrax"`: one
-            by one by Diffrax. The first two exist for problems with a structure to use, as
-            `Univariate` (banded stages, time and memory in proportion to m), and then are the
-            automatic choice, in this order; inside a transformation that is `"loop"`.
-            `solver`, `adjoint` and `progress_meter` are Diffrax's: to give one chooses it.
+            by LLVM (extra `cpu`); `"loop"`: the same in JAX alone, on any device, differentiable
+            in both modes, but slow to compile; `"diffrax"`: one by one by Diffrax. The first two
+            are for problems with a structure to use, such as `Univariate` (banded stages, time
+            and memory in proportion to m). `"auto"`: the first that can be used, but inside a
+            transformation `"diffrax"`. `solver`, `adjoint` and `progress_meter` are Diffrax's: to
+            give one of them chooses it.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
             solver, or `"auto"`: Tsit5 when by `problem.fastest_rate` stability costs it few

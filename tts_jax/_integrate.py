@@ -241,8 +241,9 @@ def choose_engine(
         raise ValueError(f"Argument `engine` is 'simd', but {reason}. {remedy}")
     if engine != "auto":
         return engine
-    usable = [name for name in problem.flow_engines if name != "simd" or reason is None]
-    return cast(EngineName, usable[0] if own and usable else "diffrax")
+    if not own or traced or not problem.flow_engines:
+        return "diffrax"  # which compiles much faster than "loop"
+    return "simd" if reason is None else "loop"
 
 
 def solve(
