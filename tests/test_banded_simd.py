@@ -150,9 +150,7 @@ def test_coincident_neurons_against_scipy_on_their_common_places(target, name):
         field, (0, TAU[-1]), start, method="LSODA", t_eval=TAU, rtol=1e-10, atol=1e-10
     ).y.T
     state = problem.state(slow=slow)
-    answer = tts.flow(
-        problem, state, epsilon=epsilon, tau=TAU, engine="simd", rtol=1e-9, atol=1e-9
-    )
+    answer = tts.flow(problem, state, epsilon=epsilon, tau=TAU, engine="simd", rtol=1e-9, atol=1e-9)
     assert answer.status == 0
     np.testing.assert_allclose(answer.slow, expected[:, count + 1 :][:, member], atol=1e-8)
     np.testing.assert_allclose(answer.fast[:, 1:], expected[:, 1 : count + 1][:, member], atol=1e-5)
@@ -168,7 +166,9 @@ def test_neurons_that_meet_come_to_rest_in_the_limit(problem):
     slow = [0.11035786, 0.13508937, 0.19349805, 0.22278518, 0.2816614, 0.35399588, 0.36165213]
     slow += [0.38151448, 0.38288378, 0.38549292, 0.42146341, 0.43738734, 0.52133545, 0.57775262]
     slow += [0.65001399, 0.79783327, 0.79903002, 0.80344308, 0.90702953, 0.92269033]
-    answer = tts.limit(problem, problem.state(slow=slow), tau=np.linspace(0, 0.1, 11), engine="simd")
+    answer = tts.limit(
+        problem, problem.state(slow=slow), tau=np.linspace(0, 0.1, 11), engine="simd"
+    )
     assert answer.status == 0
     gaps = np.min(np.diff(np.sort(answer.slow, axis=1), axis=1), axis=1)
     assert 1e-5 * ETA < gaps[-1] < 1e-2 * ETA

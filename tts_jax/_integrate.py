@@ -202,7 +202,9 @@ class Batch(eqx.Module):
 
     def unflatten(self, answer: Any) -> Any:
         """Leaves `[lanes, ...]` with the batch axes in front."""
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape((*self.shape, *leaf.shape[1:])), answer)
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(leaf).reshape((*self.shape, *leaf.shape[1:])), answer
+        )
 
 
 EngineName = Literal["auto", "simd", "loop", "diffrax"]

@@ -77,7 +77,9 @@ VECTORS = {
     "lane": "16",
 }
 # Vectors in `lane`.
-TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, NARROW, WILD = range(11)
+TIME, STEP_SIZE, EPSILON, LIVE, FACTOR, ACCEPTED, LOST, NEXT_TIME, OVERLAPS, NARROW, WILD = range(
+    11
+)
 # Arrays of indices or numbers of one lane each, or shared.
 LANE_INDICES = ("start", "record", "steps", "accepts", "widest")
 NUMBERS = (
@@ -95,9 +97,7 @@ SHARED = (
     *("record_state", "record_order", "loss", "fast", "slow"),
     *("status", "step_count", "accept_count", "bandwidth", "record_count", "reached", "which"),
 )
-SLOTS = {
-    name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))
-}
+SLOTS = {name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))}
 # What is known of the jump that counts for a neuron, and the array of all jumps it is from.
 _OF_NEURON = {
     **{"near": "jump", "size": "height", "before": "jump_before", "filled": "jump_filled"},
@@ -309,13 +309,24 @@ class Program:
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         first, last = scope.shared("first"), scope.shared("last")
-        names = ("place", "edge", "drift", "filling", "pull", "misfit", "weight", "left", "right_end")
+        names = (
+            "place",
+            "edge",
+            "drift",
+            "filling",
+            "pull",
+            "misfit",
+            "weight",
+            "left",
+            "right_end",
+        )
         place, edge, drift, filling, pull, misfit, weight, left, right = map(scope.array, names)
         top = y[m * 2]
 
         def fill(j: Index, area: Real) -> None:
             filling[j - 1] = filling[j - 1] + area
             filling[j] = filling[j] - area
+
         with w.range(1, m + 1) as j:
             left[j] = -(place[j] * per_eta)
             right[j] = (place[j] - 1.0) * per_eta
@@ -485,9 +496,7 @@ class Program:
         w.give(w.any(narrow.get()))
         return w
 
-    def _neighbours(
-        self, w: Writer, scope: Scope, y: Array, i: Index, r: Real, gap: Real
-    ) -> None:
+    def _neighbours(self, w: Writer, scope: Scope, y: Array, i: Index, r: Real, gap: Real) -> None:
         """Neurons i and i + 1 where they overlap.
 
         As they come closer their weights may grow like one over their distance, with opposite
@@ -595,10 +604,14 @@ class Program:
                         twice = w.where(j.equals(1), w.number(4.0), w.number(2.0))
                         self._add(scope, j * 2 - 2, j * 2 - 2, beyond * twice)
                         self._add(scope, j * 2 - 1, j * 2 - 1, (a * share) * 2.0)
-                        self._add(scope, j * 2 - 1, 0, (a * low.get()) * (bump(w, p) * per_eta) * -2.0)
+                        self._add(
+                            scope, j * 2 - 1, 0, (a * low.get()) * (bump(w, p) * per_eta) * -2.0
+                        )
                     else:
                         self._add_either(scope, m * 2, j * 2 - 1, (a * share) * 2.0)
-                        self._add(scope, j * 2 - 1, 0, (a * high.get()) * (bump(w, q) * per_eta) * 2.0)
+                        self._add(
+                            scope, j * 2 - 1, 0, (a * high.get()) * (bump(w, q) * per_eta) * 2.0
+                        )
                         # −R_j in T_jk for all k ≥ j
                         beyond = ramp(w, q) * eta
                         self._self_overlap(scope, j, beyond * 2.0)
@@ -966,7 +979,9 @@ class Program:
 
     # --- lanes ---
 
-    def _column(self, scope: Scope, name: str, row: Index | int, lane: Index) -> tuple[Array, Index]:
+    def _column(
+        self, scope: Scope, name: str, row: Index | int, lane: Index
+    ) -> tuple[Array, Index]:
         """Where one lane's number of a vector is."""
         row = scope.writer.index(row) if isinstance(row, int) else row
         return scope.array(name).numbers(), row * self.lanes + lane

@@ -45,7 +45,9 @@ def _entries(lanes: int) -> tuple[Any, dict[str, Any]]:
 class _Work:
     """The memory of one thread, and the table of where everything is."""
 
-    def __init__(self, lanes: int, neurons: int, stride: int, shared: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, lanes: int, neurons: int, stride: int, shared: dict[str, np.ndarray]
+    ) -> None:
         from tts_jax.problems._banded_program import LANE_INDICES, SLOTS, VECTORS
 
         sizes = {"m": neurons, "n": 2 * neurons + 1, "b": stride}
@@ -182,7 +184,9 @@ def _solve_chunk(
     start[:, 1::2] = places
     start[:, 0] = bias[:, 0]
     start[:, 2::2] = bias + np.cumsum(weights, axis=1)
-    jumps, values = (np.asarray(part, float) for part in (problem.target.jumps, problem.target.values))
+    jumps, values = (
+        np.asarray(part, float) for part in (problem.target.jumps, problem.target.values)
+    )
     lengths = np.diff(jumps, prepend=0.0, append=1.0)
     eta, end = float(problem.eta), float(tau[-1])
     numbers = {
