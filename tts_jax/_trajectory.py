@@ -32,12 +32,21 @@ class Status(enum.IntEnum):
     STEP_TOO_SMALL = 2
     SOLVER_FAILED = 3
     DIVERGED = 4
-    NOT_COVERED = 5
+    NOT_UNIQUE = 5
+    MAX_EVENTS = 6
 
     @property
     def advice(self) -> str:
         """What happened and what to change."""
         return _ADVICE[self]
+
+
+class Event(enum.IntEnum):
+    """What happens to a neuron at a time listed in `Trajectory.events`."""
+
+    HIT = 0  # it reaches a jump and stays on it
+    PASS = 1  # it reaches a jump and goes on beyond it
+    LEAVE = 2  # it leaves a jump on which it sat
 
 
 _ADVICE = {
@@ -59,9 +68,14 @@ _ADVICE = {
         "step_size * (neurons + 1) below about 1, and epsilon * step_size small against "
         "eta**2 / jump**2."
     ),
-    Status.NOT_COVERED: (
-        "The closed form of the sharp limit does not cover this start: a neuron flanks two "
-        "jumps. Use `limit` at a small `eta`, or a start with two neurons in every piece."
+    Status.NOT_UNIQUE: (
+        "The sharp limit is not unique from some time on: a neuron on a jump is pushed off it "
+        "equally to both sides, or both neurons that reached a jump together are pulled off it "
+        "again. Move the start by a little, or use `limit` at a small `eta`."
+    ),
+    Status.MAX_EVENTS: (
+        "The sharp limit has more events than the answer has room for. Go on with a second run "
+        "from the last recorded positions, `problem.state(slow=...)`."
     ),
 }
 
