@@ -139,7 +139,8 @@ class AbstractProblem(eqx.Module):
         return jacobian[count:, count:] - jacobian[count:, :count] @ response
 
     def sharp(self, slow: PyTree[Array], tau: Float[Array, " T"]) -> dict[str, Any]:
-        """The closed form behind `sharp_limit`: fast, slow, loss, status and stats at `tau`."""
+        """What `sharp_limit` answers for starts `[lanes, ...]`: fast, slow, loss at `tau`; status,
+        stats and events."""
         del slow, tau
         raise TypeError(
             f"`{type(self).__name__}` has no sharp limit: it does not define `sharp`. Use `limit`."

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tts_jax._trajectory import Event, Status
-from tts_jax.problems._sharp_events import Jumps, Lane, Line, Structure, push, run, structure
+from tts_jax.problems._sharp_events import Jumps, Lane, Line, Structure, advance, push, start, structure
 
 
 def _psi_coefficients(terms: int = 28, degree: int = 15) -> np.ndarray:
@@ -44,6 +44,8 @@ def _psi_coefficients(terms: int = 28, degree: int = 15) -> np.ndarray:
 _PSI = _psi_coefficients()
 _PSI_QUARTER = float(np.sum(_PSI))
 _SCALE = 4.0 / np.sqrt(3.0)
+
+BLOCK = 32  # lanes that take their steps together
 
 
 def _psi(y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -235,14 +237,37 @@ def sharp_trajectories(
     count = jumps.shape[0]
     if count == 0:  # nothing moves: as with a jump of no height
         jumps, values = jnp.full(1, 0.5), jnp.concatenate([values, values])
-    heights = jnp.diff(values)
-    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(slow, jumps, heights)
-    lane, records = run(line, real, tau, capacity(jumps.shape[0]), numeric)
-    answer = jax.vmap(_finish, (0, 0, 0, 0, 0, 0, 0, None, None, None, None))(
-        slow, line, real, layout, behind, lane, records, tau, jumps, values, numeric
-    )
+    lanes = slow.shape[0]
+    if lanes <= BLOCK:
+        answer = _block(slow, tau, jumps, values, numeric)
+    else:
+        # lanes that need steps come together: a block takes as long as its slowest lane
+        order = jnp.argsort(~_needs_steps(slow, jumps, values, numeric), stable=True)
+        padded = order[np.arange(-(-lanes // BLOCK) * BLOCK) % lanes]
+        blocks = slow[padded].reshape(-1, BLOCK, slow.shape[1])
+        answer = lax.map(lambda block: _block(block, tau, jumps, values, numeric), blocks)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(lanes))
+        answer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[back], answer)
     answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
     return answer
+
+
+def _needs_steps(slow: Array, jumps: Array, values: Array, numeric: bool) -> Bool[Array, " lanes"]:
+    line, real, _, _ = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
+    room = capacity(jumps.shape[0])
+    return jax.vmap(start, (0, 0, None, None))(line, real, room, numeric).active
+
+
+def _block(
+    slow: Float[Array, "lanes m"], tau: Array, jumps: Array, values: Array, numeric: bool
+) -> dict[str, Any]:
+    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(
+        slow, jumps, jnp.diff(values)
+    )
+    lane, records = advance(line, real, tau, capacity(jumps.shape[0]), numeric)
+    return jax.vmap(_finish, (0, 0, 0, 0, 0, 0, 0, None, None, None, None))(
+        slow, line, real, layout, behind, lane, records, tau, jumps, values, numeric
+    )
 
 
 def capacity(jumps: int) -> int:

@@ -14,18 +14,20 @@ jump are told from those beside it by it, and never by comparing floats.
 Everything here is for one lane and is mapped over lanes; only `advance` sees all of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tts_jax._trajectory import Event, Status
 
 
-ORDER = 20  # of the Taylor steps
+ORDER = 16  # of the Taylor steps
 TOLERANCE = 1e-17  # of the last Taylor terms of a position
 WINDOW = 32  # recorded times that one step may cover
 MAX_STEPS = 5_000
@@ -171,9 +173,10 @@ def misfit(position: Float[Array, " n"], s: Structure, jumps: Jumps) -> Misfit:
     return Misfit(left, right, length, jnp.sum(heights, axis=1), at_left, at_right)
 
 
-def _beside(values: Float[Array, " K"], index: Int[Array, " K"]) -> Float[Array, " K"]:
-    """`values[index]`, 0 where the index is K."""
-    return jnp.append(values, 0.0)[index]
+def _beside(values: Float[Array, "... K"], index: Int[Array, " K"]) -> Float[Array, "... K"]:
+    """`values[..., index]`, 0 where the index is K."""
+    count = index.shape[0]
+    return jnp.where(index < count, values[..., jnp.minimum(index, count - 1)], 0.0)
 
 
 def hold(
@@ -203,24 +206,72 @@ class Motion(NamedTuple):
     at_left: Float[Array, "order K"]
 
 
-def motion(s: Structure, m: Misfit) -> Motion:
-    """The Taylor series of the ends of all intervals, to order `ORDER`."""
-    pull = s.mobility_left * m.at_left**2 + s.mobility_right * m.at_right**2
-    pull += s.mobility_left * _beside(m.at_right, s.before) ** 2
-    pull += s.mobility_right * _beside(m.at_left, s.after) ** 2
+class Intervals(NamedTuple):
+    """The intervals with jumps inside from left to right, at most K; the rest are empty.
+
+    In this order those which share a moving end are neighbours.
+    """
+
+    of_jump: Int[Array, " K"]  # the interval that a jump is in
+    left: Float[Array, " K"]
+    right: Float[Array, " K"]
+    length: Float[Array, " K"]
+    total: Float[Array, " K"]
+    at_left: Float[Array, " K"]
+    at_right: Float[Array, " K"]
+    mobility_left: Float[Array, " K"]  # times the scale
+    mobility_right: Float[Array, " K"]
+    from_before: Float[Array, " K"]  # the same where the interval before shares the end, or 0
+    from_after: Float[Array, " K"]
+    scale: Float[Array, ""]
+
+
+def intervals(s: Structure, m: Misfit) -> Intervals:
+    """What the Taylor series start from; the scale is the least time in which one may close."""
+    pull = s.mobility_left * (m.at_left**2 + _beside(m.at_right, s.before) ** 2)
+    pull += s.mobility_right * (m.at_right**2 + _beside(m.at_left, s.after) ** 2)
     times = jnp.where(s.inside & (pull > 0), m.length / jnp.where(pull > 0, pull, 1.0), jnp.inf)
     scale = lax.stop_gradient(jnp.min(times))
     scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
-    mobility_left, mobility_right = scale * s.mobility_left, scale * s.mobility_right
-    inverse = 1.0 / jnp.where(m.length > 0, m.length, 1.0)
-    left, right, gap = [m.left], [m.right], [m.length]
-    at_left: list[Array] = []
+    leaders = jnp.argsort(~s.first, stable=True)
+    there = s.first[leaders]
+    joined = there[1:] & there[:-1] & (s.right[leaders][:-1] == s.left[leaders][1:])
+    joined = jnp.concatenate([jnp.zeros(1, bool), joined, jnp.zeros(1, bool)])
+
+    def pick(values: Array, empty: float = 0.0) -> Array:
+        return jnp.where(there, values[leaders], empty)
+
+    mobility_left, mobility_right = scale * pick(s.mobility_left), scale * pick(s.mobility_right)
+    return Intervals(
+        of_jump=jnp.maximum(jnp.cumsum(s.first) - 1, 0),
+        left=pick(m.left),
+        right=pick(m.right),
+        length=pick(m.length, 1.0),
+        total=pick(m.total),
+        at_left=pick(m.at_left),
+        at_right=pick(m.at_right),
+        mobility_left=mobility_left,
+        mobility_right=mobility_right,
+        from_before=jnp.where(joined[:-1], mobility_left, 0.0),
+        from_after=jnp.where(joined[1:], mobility_right, 0.0),
+        scale=scale,
+    )
+
+
+def motion(start: Intervals) -> tuple[list[Array], list[Array], list[Array]]:
+    """The Taylor series of the ends and of G of all intervals, an array `[K]` per order."""
+    zero = jnp.zeros(1)
+    mobility_left, mobility_right = start.mobility_left, start.mobility_right
+    from_before, from_after = start.from_before, start.from_after
+    total, g, h = start.total, start.at_left, start.at_right
+    inverse = 1.0 / jnp.where(start.length > 0, start.length, 1.0)
+    left, right, gap = [start.left], [start.right], [start.length]
+    at_left = [g]
     for n in range(ORDER):
         if n == 0:
-            at_left.append(m.at_left)
-            pull_left, pull_right = m.at_left**2, m.at_right**2
+            pull_left, pull_right = g**2, h**2
         else:
-            quotient = m.total * right[n]
+            quotient = total * right[n]
             for i in range(1, n + 1):
                 quotient = quotient - gap[i] * at_left[n - i]
             at_left.append(quotient * inverse)
@@ -230,12 +281,26 @@ def motion(s: Structure, m: Misfit) -> Motion:
             square = 2.0 * square
             if n % 2 == 0:
                 square = square + at_left[n // 2] ** 2
-            pull_left = 2.0 * m.at_left * at_left[n] + square
-            pull_right = -2.0 * m.at_right * at_left[n] + square
-        left.append(mobility_left * (pull_left - _beside(pull_right, s.before)) / (n + 1))
-        right.append(mobility_right * (_beside(pull_left, s.after) - pull_right) / (n + 1))
+            pull_left = 2.0 * g * at_left[n] + square
+            pull_right = -2.0 * h * at_left[n] + square
+        before = jnp.concatenate([zero, pull_right[:-1]])
+        after = jnp.concatenate([pull_left[1:], zero])
+        left.append((mobility_left * pull_left - from_before * before) / (n + 1))
+        right.append((from_after * after - mobility_right * pull_right) / (n + 1))
         gap.append(right[n + 1] - left[n + 1])
-    return Motion(scale, jnp.stack(left), jnp.stack(right), jnp.stack(at_left))
+    return left, right, at_left
+
+
+def _per_jump(series: Motion, of_jump: Int[Array, " K"], s: Structure, m: Misfit) -> Motion:
+    """The series with a column per jump instead."""
+
+    def spread(columns: Array) -> Array:
+        return jnp.where(s.inside, columns[:, of_jump], 0.0)
+
+    left, right = spread(series.left), spread(series.right)
+    return Motion(
+        series.scale, left.at[0].set(m.left), right.at[0].set(m.right), spread(series.at_left)
+    )
 
 
 def _horner(coefficients: Array, x: Array) -> Array:
@@ -284,14 +349,11 @@ def _candidates(s: Structure, m: Motion, mis: Misfit, jumps: Jumps) -> Float[Arr
     leaves_right = s.double & (s.after < none)
     leaves_left = s.double & (s.before < none)
     height = jnp.where(jumps.real, jumps.height, 1.0)
+    xs = _beside(m.at_left, s.after) / height
+    ys = _beside(jnp.concatenate([mis.at_right[None], -m.at_left[1:]]), s.before) / height
     rows = []
     for n in range(ORDER + 1):
-        if n < ORDER:
-            at_right = -m.at_left[n] if n else mis.at_right
-            x = _beside(m.at_left[n], s.after) / height
-            y = _beside(at_right, s.before) / height
-        else:
-            x = y = zero
+        x, y = (xs[n], ys[n]) if n < ORDER else (zero, zero)
         start = one if n == 0 else zero
         going = -one if n <= 1 else zero
         stays_right = jnp.where(held, start - x + y, jnp.where(leaves_right, going, start))
@@ -421,15 +483,29 @@ class Outlook(NamedTuple):
     reach: Float[Array, ""]
 
 
-_OUTLOOK_AXES = Outlook(0, 0, Motion(0, 1, 1, 1), 1, 0)  # lanes behind the orders
+_MOTION_AXES = Motion(0, 1, 1, 1)  # lanes behind the orders
+_OUTLOOK_AXES = Outlook(0, 0, _MOTION_AXES, 1, 0)
 
 
-def look(lane: Lane, mobility: Float[Array, " n"], jumps: Jumps) -> Outlook:
-    """The Taylor series from where a lane is."""
+def _here(
+    lane: Lane, mobility: Float[Array, " n"], jumps: Jumps
+) -> tuple[Structure, Misfit, Intervals]:
     s = structure(lane.place, mobility, jumps)
     mis = misfit(lane.position, s, jumps)
-    series = motion(s, mis)
-    return Outlook(s, mis, series, _candidates(s, series, mis, jumps), _reach(series))
+    return s, mis, intervals(s, mis)
+
+
+def _outlook(s: Structure, mis: Misfit, at: Intervals, series: Motion, jumps: Jumps) -> Outlook:
+    columns = _per_jump(series, at.of_jump, s, mis)
+    return Outlook(s, mis, columns, _candidates(s, columns, mis, jumps), _reach(series))
+
+
+def look(count: Array, lane: Lane, mobility: Float[Array, "lanes n"], jumps: Jumps) -> Outlook:
+    """The Taylor series from where all lanes are."""
+    s, mis, at = _apart(jax.vmap(_here), count, lane, mobility, jumps)
+    series = Motion(at.scale, *map(jnp.stack, _apart(jax.vmap(motion), count, at)))
+    outlook = jax.vmap(_outlook, (0, 0, 0, _MOTION_AXES, 0), _OUTLOOK_AXES)
+    return _apart(outlook, count, s, mis, at, series, jumps)
 
 
 def step(
@@ -547,6 +623,24 @@ def step(
     return new, records
 
 
+def _apart(function: Callable[..., Any], count: Array, *args: Any) -> Any:
+    """`function(*args)`, kept apart from what reads its results.
+
+    XLA would repeat the recurrences of the Taylor series inside every reader. It does not look
+    through a loop whose one round it cannot foresee; `count` is a number that is not negative.
+    """
+    empty = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *args)
+    )
+    rounds = jnp.minimum(count, 0) + 1
+    _, result = lax.while_loop(
+        lambda carry: carry[0] < rounds,
+        lambda carry: (carry[0] + 1, function(*args)),
+        (jnp.zeros_like(rounds), empty),
+    )
+    return result
+
+
 def run(
     line: Line,
     jumps: Jumps,
@@ -570,9 +664,7 @@ def run(
 
     def body(carry: tuple[Array, Lane, Array]) -> tuple[Array, Lane, Array]:
         count, lane, records = carry
-        outlook = _apart(
-            jax.vmap(look, 0, _OUTLOOK_AXES), count, lane, line.mobility, jumps
-        )
+        outlook = look(count, lane, line.mobility, jumps)
         new, window = jax.vmap(step, (0, _OUTLOOK_AXES, 0, 0, None, None))(
             lane, outlook, line.mobility, jumps, padded, everything
         )
@@ -587,19 +679,67 @@ def run(
     return lane._replace(status=status.astype(jnp.int32)), records[:, : tau.shape[0]]
 
 
-def _apart(function: Callable[..., Any], count: Array, *args: Any) -> Any:
-    """`function(*args)`, kept apart from what reads its results.
+class Ahead(NamedTuple):
+    """What `advance` returns, leaves `[lanes, ...]`."""
 
-    XLA would repeat the recurrences of the Taylor series inside every reader. It does not look
-    through a loop whose one round it cannot foresee; `count` is a number that is not negative.
+    lane: Lane
+    records: Float[Array, "lanes T n"]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def advance(
+    line: Line, jumps: Jumps, tau: Float[Array, " T"], room: int, everything: bool
+) -> Ahead:
+    """`run`, differentiable in both modes with respect to positions, jumps, heights and τ.
+
+    A lane has few inputs, so its derivative is the whole Jacobian, in forward mode: the Taylor
+    steps and the events are differentiable functions of their start.
     """
-    empty = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *args)
-    )
-    rounds = jnp.minimum(count, 0) + 1
-    _, result = lax.while_loop(
-        lambda carry: carry[0] < rounds,
-        lambda carry: (carry[0] + 1, function(*args)),
-        (jnp.zeros_like(rounds), empty),
-    )
-    return result
+    return Ahead(*run(line, jumps, tau, room, everything))
+
+
+@advance.defjvp
+def _advance_jvp(room: int, everything: bool, primals: Any, tangents: Any) -> tuple[Ahead, Ahead]:
+    line, jumps, tau = primals
+    line_dot, jumps_dot, tau_dot = tangents
+    lanes, entries = line.position.shape
+    count = jumps.place.shape[1]
+
+    def floats(position: Array, place: Array, height: Array, tau: Array) -> Any:
+        lane, records = run(
+            line._replace(position=position),
+            jumps._replace(place=place, height=height),
+            tau,
+            room,
+            everything,
+        )
+        return (lane.time, lane.position, lane.log.time), records
+
+    start = line.position, jumps.place, jumps.height, tau
+    basis = jnp.eye(entries + 2 * count + 1)
+
+    def along(direction: Array) -> Any:
+        parts = jnp.split(direction, [entries, entries + count, entries + 2 * count])
+        parts = [jnp.broadcast_to(part, (lanes, part.shape[0])) for part in parts[:3]]
+        # each record depends on its own time only, so that one direction serves all
+        return jax.jvp(floats, start, (*parts, jnp.full_like(tau, direction[-1])))[1]
+
+    states, records = jax.vmap(along)(basis)
+    move = jnp.concatenate([line_dot.position, jumps_dot.place, jumps_dot.height], axis=1)
+
+    def apply(jacobian: Array) -> Array:
+        return jnp.einsum("dl...,ld->l...", jacobian[:-1], move)
+
+    time, position, log_time = map(apply, states)
+    moved = apply(records) + records[-1] * tau_dot[:, None]
+    value = advance(line, jumps, tau, room, everything)
+    still = jax.tree.map(_no_tangent, value)
+    log = still.lane.log._replace(time=log_time)
+    lane = still.lane._replace(time=time, position=position, log=log)
+    return value, Ahead(lane, moved)
+
+
+def _no_tangent(leaf: Array) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
