@@ -64,8 +64,12 @@ def simulate(u, jumps, values, tau, mobility=None, rtol=1e-13):
                 if p < 2 * len(jumps):
                     found.append((i, "right", lambda t, x, i=i, v=jumps[p // 2]: v - x[i]))
             else:
-                found.append((i, "out left", lambda t, x, i=i: beside(x, place, i, jumps, values)[0]))
-                found.append((i, "out right", lambda t, x, i=i: -beside(x, place, i, jumps, values)[1]))
+                found.append(
+                    (i, "out left", lambda t, x, i=i: beside(x, place, i, jumps, values)[0])
+                )
+                found.append(
+                    (i, "out right", lambda t, x, i=i: -beside(x, place, i, jumps, values)[1])
+                )
         for _, _, condition in found:
             condition.terminal, condition.direction = True, -1
         return found
@@ -74,8 +78,15 @@ def simulate(u, jumps, values, tau, mobility=None, rtol=1e-13):
         watched = conditions()
         rest = tau[(tau >= time) & np.isnan(out[:, 0])]
         solution = solve_ivp(
-            velocity, (time, tau[-1]), u, method="DOP853", rtol=rtol, atol=1e-15,
-            dense_output=True, events=[c for _, _, c in watched], max_step=tau[-1] / 20,
+            velocity,
+            (time, tau[-1]),
+            u,
+            method="DOP853",
+            rtol=rtol,
+            atol=1e-15,
+            dense_output=True,
+            events=[c for _, _, c in watched],
+            max_step=tau[-1] / 20,
         )
         end = solution.t[-1]
         for t in rest[rest <= end]:

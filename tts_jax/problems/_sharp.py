@@ -16,6 +16,7 @@ side has no neuron in [0, 1] has a wall there, at fixed distance W to the end of
 then (W + r)³ falls at the constant rate 3 w² W².
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,20 +26,32 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tts_jax._trajectory import Event, Status
-from tts_jax.problems._sharp_events import Jumps, Lane, Line, Structure, advance, push, start, structure
+from tts_jax.problems._sharp_events import (
+    Jumps,
+    Lane,
+    Line,
+    Structure,
+    advance,
+    push,
+    start,
+    structure,
+)
 
 
-def _psi_coefficients(terms: int = 28, degree: int = 15) -> np.ndarray:
-    """Ψ on [0, 1/4] as a polynomial in 8y − 1.
+def _psi_coefficients(terms: int = 80, degree: int = 17) -> np.ndarray:
+    """Ψ on [0, 1/4] as a polynomial in 8y − 1: its Taylor series about 1/8.
 
-    Its Taylor series, whose rest is below 1e-17, interpolated at Chebyshev points to 1e-17.
+    Summed from the one about 0, whose terms are positive; the rest is below 1e-17.
     """
     taylor = [1.0]
     for n in range(terms - 1):
         taylor.append(taylor[-1] * (n - 1 / 6) * (n - 1 / 2) / ((n + 5 / 6) * (n + 1)))
-    nodes = np.polynomial.chebyshev.chebpts1(degree + 1)
-    values = np.polynomial.polynomial.polyval((nodes + 1.0) / 8.0, taylor)
-    return np.polynomial.chebyshev.cheb2poly(np.polynomial.chebyshev.chebfit(nodes, values, degree))
+    return np.array(
+        [
+            math.fsum(taylor[n] * math.comb(n, k) * 8.0**-n for n in range(k, terms))
+            for k in range(degree + 1)
+        ]
+    )
 
 
 _PSI = _psi_coefficients()
@@ -163,7 +176,12 @@ def _lay_out(
         outside=(slow < 0.0) | (slow > 1.0),
         neuron=neuron.astype(jnp.int32),
     )
-    return Line(position, 2 * below + on, mobility), Jumps(places, heights[behind], real), layout, behind
+    return (
+        Line(position, 2 * below + on, mobility),
+        Jumps(places, heights[behind], real),
+        layout,
+        behind,
+    )
 
 
 class Pairs(NamedTuple):
@@ -261,9 +279,7 @@ def _needs_steps(slow: Array, jumps: Array, values: Array, numeric: bool) -> Boo
 def _block(
     slow: Float[Array, "lanes m"], tau: Array, jumps: Array, values: Array, numeric: bool
 ) -> dict[str, Any]:
-    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(
-        slow, jumps, jnp.diff(values)
-    )
+    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
     lane, records = advance(line, real, tau, capacity(jumps.shape[0]), numeric)
     return jax.vmap(_finish, (0, 0, 0, 0, 0, 0, 0, None, None, None, None))(
         slow, line, real, layout, behind, lane, records, tau, jumps, values, numeric

@@ -16,7 +16,7 @@ Everything here is for one lane and is mapped over lanes; only `advance` sees al
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -168,9 +168,15 @@ def misfit(position: Float[Array, " n"], s: Structure, jumps: Jumps) -> Misfit:
     length = jnp.where(s.inside, right - left, 1.0)
     safe = jnp.where(length > 0, length, 1.0)
     heights = jnp.where(s.same, jumps.height[None, :], 0.0)
-    at_left = jnp.sum(heights * (right[:, None] - jumps.place[None, :]), axis=1) / safe
-    at_right = jnp.sum(heights * (jumps.place[None, :] - left[:, None]), axis=1) / safe
+    at_left = _sum(heights * (right[:, None] - jumps.place[None, :])) / safe
+    at_right = _sum(heights * (jumps.place[None, :] - left[:, None])) / safe
     return Misfit(left, right, length, jnp.sum(heights, axis=1), at_left, at_right)
+
+
+def _sum(terms: Float[Array, "K K"]) -> Float[Array, " K"]:
+    """Sums of rows, 0 where they are only rounding."""
+    total, size = jnp.sum(terms, axis=1), jnp.sum(jnp.abs(terms), axis=1)
+    return jnp.where(jnp.abs(total) <= 4.0 * jnp.finfo(terms.dtype).eps * size, 0.0, total)
 
 
 def _beside(values: Float[Array, "... K"], index: Int[Array, " K"]) -> Float[Array, "... K"]:
@@ -483,8 +489,9 @@ class Outlook(NamedTuple):
     reach: Float[Array, ""]
 
 
-_MOTION_AXES = Motion(0, 1, 1, 1)  # lanes behind the orders
-_OUTLOOK_AXES = Outlook(0, 0, _MOTION_AXES, 1, 0)
+# where `vmap` finds the lanes: behind the orders
+_MOTION_AXES: Any = Motion(*cast(Any, (0, 1, 1, 1)))
+_OUTLOOK_AXES: Any = Outlook(*cast(Any, (0, 0, _MOTION_AXES, 1, 0)))
 
 
 def _here(
@@ -592,9 +599,7 @@ def step(
     j = jnp.argmax(touching)
     both = jnp.stack([s.left[j], s.right[j]])
     touches &= active
-    place = place.at[both].set(
-        jnp.where(touches, (2 * j + 1).astype(place.dtype), place[both])
-    )
+    place = place.at[both].set(jnp.where(touches, (2 * j + 1).astype(place.dtype), place[both]))
     position = position.at[both].set(jnp.where(touches, jumps.place[j], position[both]))
     tie |= touches & (s.before[j] < count) & (s.after[j] < count)
 
@@ -619,7 +624,9 @@ def step(
         status,
         active & (status == int(Status.SUCCESS)),
     )
-    new = jax.tree.map(lambda new, old: jnp.where(active, new, old), new, lane._replace(active=active))
+    new = jax.tree.map(
+        lambda new, old: jnp.where(active, new, old), new, lane._replace(active=active)
+    )
     return new, records
 
 
