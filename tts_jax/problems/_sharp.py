@@ -32,7 +32,9 @@ from tts_jax.problems._sharp_events import (
     Line,
     Structure,
     advance,
+    apart,
     push,
+    put,
     start,
     structure,
 )
@@ -160,24 +162,30 @@ def _lay_out(
     ordered = slow[order]
     new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     entry = jnp.cumsum(new)  # from 1 on: 0 is a wall
-    size = jnp.zeros(neurons + 2).at[entry].add(1.0)
+    # the first neuron of each entry; behind the last one stand walls
+    first = jnp.argsort(~new, stable=True)
+    there = jnp.arange(neurons) < entry[-1]
+    bounds = jnp.append(jnp.where(there, first, neurons), neurons)
+    size = jnp.where(there, jnp.diff(bounds), 0).astype(slow.dtype)
     outside = (ordered < 0.0) | (ordered > 1.0)
-    fixed = jnp.zeros(neurons + 2, bool).at[entry].set(outside)
-    position = jnp.ones(neurons + 2).at[0].set(0.0).at[entry].set(jnp.clip(ordered, 0.0, 1.0))
-    mobility = jnp.where((size > 0) & ~fixed, 1.0 / jnp.maximum(size, 1.0), 0.0)
-    below = jnp.sum(places[None, :] < position[:, None], axis=1, dtype=jnp.int32)
-    on = jnp.any(places[None, :] == position[:, None], axis=1)
-    index = jnp.arange(neurons, dtype=jnp.int32)
-    first = jnp.full(neurons + 2, neurons, jnp.int32).at[entry].min(index)
-    neuron = jnp.where(first < neurons, order[jnp.minimum(first, neurons - 1)], -1)
+    zero = jnp.zeros(1)
+    mobility = jnp.where(there & ~outside[first], 1.0 / jnp.maximum(size, 1.0), 0.0)
+    position = jnp.where(there, jnp.clip(ordered[first], 0.0, 1.0), 1.0)
+    size, mobility = (jnp.concatenate([zero, x, zero]) for x in (size, mobility))
+    position = jnp.concatenate([zero, position, jnp.ones(1)])
+    neuron = jnp.where(there, order[first], -1).astype(jnp.int32)
+    neuron = jnp.concatenate([jnp.full(1, -1, jnp.int32), neuron, jnp.full(1, -1, jnp.int32)])
+    place = jnp.zeros(neurons + 2, jnp.int32)
+    for k in range(jumps.shape[0]):
+        place += (places[k] < position).astype(jnp.int32) + (places[k] <= position)
     layout = Layout(
-        entry=jnp.zeros_like(entry).at[order].set(entry),
+        entry=entry[jnp.argsort(order)],
         size=size,
         outside=(slow < 0.0) | (slow > 1.0),
-        neuron=neuron.astype(jnp.int32),
+        neuron=neuron,
     )
     return (
-        Line(position, 2 * below + on, mobility),
+        Line(position, place, mobility),
         Jumps(places, heights[behind], real),
         layout,
         behind,
@@ -215,10 +223,8 @@ def _pairs(position: Float[Array, " n"], s: Structure, jumps: Jumps) -> Pairs:
     return Pairs(left <= right, pair, wall, wall_left, left, right, rate, hitting)
 
 
-def _positions(
-    position: Float[Array, " n"], s: Structure, p: Pairs, jumps: Jumps, time: Float[Array, " T"]
-) -> Float[Array, "T n"]:
-    """All entries at the times `time` after `position`, by the closed forms."""
+def _ends(p: Pairs, jumps: Jumps, time: Float[Array, " T"]) -> tuple[Array, Array]:
+    """The ends `[T, K]` around each jump at the times `time` later, by the closed forms."""
     scaled = p.rate * time[:, None]
     near, far = jnp.minimum(p.left, p.right), jnp.maximum(p.left, p.right)
     nearer, farther = pair_distances(near, far, scaled)
@@ -227,12 +233,7 @@ def _positions(
     left = jnp.where(p.near_left, nearer, farther)
     right = jnp.where(p.near_left, farther, nearer)
     left, right = jnp.where(p.pair, left, moved), jnp.where(p.pair, right, moved)
-    spare = position.shape[0]
-    to_left = jnp.where(p.pair | (p.wall & ~p.wall_left), s.left, spare)
-    to_right = jnp.where(p.pair | (p.wall & p.wall_left), s.right, spare)
-    place = jnp.broadcast_to(position, (time.shape[0], spare))
-    place = place.at[:, to_left].set(jumps.place - left, mode="drop")
-    return place.at[:, to_right].set(jumps.place + right, mode="drop")
+    return jumps.place - left, jumps.place + right
 
 
 def sharp_trajectories(
@@ -264,7 +265,7 @@ def sharp_trajectories(
         padded = order[np.arange(-(-lanes // BLOCK) * BLOCK) % lanes]
         blocks = slow[padded].reshape(-1, BLOCK, slow.shape[1])
         answer = lax.map(lambda block: _block(block, tau, jumps, values, numeric), blocks)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(lanes))
+        back = jnp.argsort(order)
         answer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[back], answer)
     answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
     return answer
@@ -279,11 +280,34 @@ def _needs_steps(slow: Array, jumps: Array, values: Array, numeric: bool) -> Boo
 def _block(
     slow: Float[Array, "lanes m"], tau: Array, jumps: Array, values: Array, numeric: bool
 ) -> dict[str, Any]:
+    room = capacity(jumps.shape[0])
     line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
-    lane, records = advance(line, real, tau, capacity(jumps.shape[0]), numeric)
-    return jax.vmap(_finish, (0, 0, 0, 0, 0, 0, 0, None, None, None, None))(
-        slow, line, real, layout, behind, lane, records, tau, jumps, values, numeric
+    lane, records = advance(line, real, tau, room, numeric)
+    # each stage is computed once, whatever reads it
+    count = jnp.min(lane.recorded)
+    s, pairs = apart(jax.vmap(lambda *of: _closed(*of, numeric)), count, lane, line, real)
+    late = jax.vmap(lambda time: jnp.maximum(tau - time, 0.0))(lane.time)
+    ends = apart(jax.vmap(_ends), count, pairs, real, late)
+    entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
+    fast, loss = apart(
+        jax.vmap(jax.vmap(_fit, (0, None, None, None)), (0, 0, None, None)),
+        count,
+        entries,
+        layout,
+        jumps,
+        values,
     )
+    answer = jax.vmap(_events)(lane, s, pairs, real, layout, behind)
+    ends_well = lane.status == int(Status.SUCCESS)
+    index = jnp.arange(tau.shape[0])
+    known = ends_well[:, None] | (index < lane.recorded[:, None]) | (tau <= lane.time[:, None])
+    positions = jax.vmap(lambda e, of: e[:, of.entry])(entries, layout)
+    positions = jnp.where(layout.outside[:, None], slow[:, None], positions)
+    return answer | {
+        "fast": jnp.where(known[..., None], fast, jnp.nan),
+        "slow": jnp.where(known[..., None], positions, jnp.nan),
+        "loss": jnp.where(known, loss, jnp.nan),
+    }
 
 
 def capacity(jumps: int) -> int:
@@ -291,72 +315,65 @@ def capacity(jumps: int) -> int:
     return 6 * jumps + 2
 
 
-def _finish(
-    slow: Array,
-    line: Line,
-    real: Jumps,
-    layout: Layout,
-    behind: Array,
-    lane: Lane,
-    records: Array,
-    tau: Array,
-    jumps: Array,
-    values: Array,
-    numeric: bool,
-) -> dict[str, Any]:
-    """The answer of one lane, from where its closed forms begin."""
-    s = structure(lane.place, line.mobility, real)
-    pairs = _pairs(lane.position, s, real)
-    good = lane.status == int(Status.SUCCESS)
+def _closed(lane: Lane, line: Line, jumps: Jumps, numeric: bool) -> tuple[Structure, Pairs]:
+    """The closed forms that finish one lane."""
+    s = structure(lane.place, line.mobility, jumps)
+    pairs = _pairs(lane.position, s, jumps)
     if numeric:
+        never = jnp.zeros_like(pairs.pair)
         pairs = pairs._replace(
-            pair=jnp.zeros_like(pairs.pair),
-            wall=jnp.zeros_like(pairs.wall),
-            hitting=jnp.full_like(pairs.hitting, jnp.inf),
+            pair=never, wall=never, hitting=jnp.full_like(pairs.hitting, jnp.inf)
         )
-    late = _positions(lane.position, s, pairs, real, jnp.maximum(tau - lane.time, 0.0))
-    index = jnp.arange(tau.shape[0])
-    entries = jnp.where((index < lane.recorded)[:, None], records, late)
-    known = good | (index < lane.recorded) | (tau <= lane.time)
+    return s, pairs
 
-    # events: those on the way and the hits of the closed forms
-    when = jnp.isfinite(pairs.hitting) & good
-    time = lane.time + pairs.hitting
-    near = jnp.where(pairs.pair, pairs.near_left, ~pairs.wall_left)
-    entry = jnp.where(near, s.left, s.right)
-    other = jnp.where(near, s.right, s.left)
-    together = when & pairs.pair & (pairs.left == pairs.right)
-    index = jnp.arange(real.place.shape[0])
+
+def _entries(
+    lane: Lane, s: Structure, p: Pairs, ends: tuple[Array, Array], records: Float[Array, "T n"]
+) -> Float[Array, "T n"]:
+    """The entries of one lane at the recorded times, from its steps and its closed forms."""
+    moves = p.pair | (p.wall & ~p.wall_left), p.pair | (p.wall & p.wall_left)
+    late = put(ends, moves, s, lane.position)
+    stepped = jnp.arange(records.shape[0]) < lane.recorded
+    return jnp.where(stepped[:, None], records, late)
+
+
+def _events(
+    lane: Lane,
+    s: Structure,
+    p: Pairs,
+    jumps: Jumps,
+    layout: Layout,
+    behind: Int[Array, " K"],
+) -> dict[str, Any]:
+    """Status, hitting times and events of one lane: those of its steps and its closed forms."""
+    good = lane.status == int(Status.SUCCESS)
+    when = jnp.isfinite(p.hitting) & good
+    time = lane.time + p.hitting
+    near = jnp.where(p.pair, p.near_left, ~p.wall_left)
+    entry, other = jnp.where(near, s.left, s.right), jnp.where(near, s.right, s.left)
+    together = when & p.pair & (p.left == p.right)
+    index = jnp.arange(jumps.place.shape[0])
     kind = jnp.full_like(index, int(Event.HIT))
     log = push(lane.log, when, time, entry, index, kind)
     log = push(log, together, time, other, index, kind)
     room = log.time.shape[0]
     status = jnp.where(good & (log.count > room), int(Status.MAX_EVENTS), lane.status)
     good = status == int(Status.SUCCESS)
-    chronological = jnp.argsort(log.time, stable=True)
-    log = jax.tree.map(lambda leaf: leaf[chronological] if leaf.ndim else leaf, log)
+    order = jnp.argsort(log.time, stable=True)
     there = jnp.arange(room) < log.count
-    events = {
-        "time": log.time,
-        "neuron": jnp.where(there, layout.neuron[log.entry], -1),
-        "jump": jnp.where(there, behind[log.jump], -1).astype(jnp.int32),
-        "kind": log.kind,
-    }
-    hits = (events["jump"][:, None] == jnp.arange(jumps.shape[0])) & (
-        events["kind"] == int(Event.HIT)
-    )[:, None]
-    hitting = jnp.min(jnp.where(hits, events["time"][:, None], jnp.inf), axis=0)
-    hitting = jnp.where(good | jnp.isfinite(hitting), hitting, jnp.nan)
-
-    fast, loss = jax.vmap(_fit, (0, None, None, None))(entries, layout, jumps, values)
-    positions = jnp.where(layout.outside, slow, entries[:, layout.entry])
+    jump = jnp.where(there, behind[log.jump[order]], -1).astype(jnp.int32)
+    time, kind = log.time[order], log.kind[order]
+    hits = (jump[:, None] == index) & (kind == int(Event.HIT))[:, None]
+    hitting = jnp.min(jnp.where(hits, time[:, None], jnp.inf), axis=0)
     return {
-        "fast": jnp.where(known[:, None], fast, jnp.nan),
-        "slow": jnp.where(known[:, None], positions, jnp.nan),
-        "loss": jnp.where(known, loss, jnp.nan),
         "status": status.astype(jnp.int32),
-        "stats": {"hitting_time": hitting},
-        "events": events,
+        "stats": {"hitting_time": jnp.where(good | jnp.isfinite(hitting), hitting, jnp.nan)},
+        "events": {
+            "time": time,
+            "neuron": jnp.where(there, layout.neuron[log.entry[order]], -1),
+            "jump": jump,
+            "kind": kind,
+        },
     }
 
 

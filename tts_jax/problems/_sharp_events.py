@@ -421,16 +421,35 @@ def _newton(
 
 
 def push(log: Log, when: Array, time: Array, entry: Array, jump: Array, kind: Array) -> Log:
-    """Append the events marked in `when`, `[any]`."""
-    room = log.time.shape[0]
-    slot = jnp.where(when, log.count + jnp.cumsum(when) - 1, room)
-    return Log(
-        log.time.at[slot].set(jnp.broadcast_to(time, when.shape), mode="drop"),
-        log.entry.at[slot].set(entry.astype(log.entry.dtype), mode="drop"),
-        log.jump.at[slot].set(jump.astype(log.jump.dtype), mode="drop"),
-        log.kind.at[slot].set(kind.astype(log.kind.dtype), mode="drop"),
-        log.count + jnp.sum(when),
-    )
+    """Append the events marked in `when`, `[any]`, with `time` `[any]` or `[]`."""
+    room = jnp.arange(log.time.shape[0])
+    time = jnp.broadcast_to(time, when.shape)
+    for i in range(when.shape[0]):
+        here = when[i] & (room == log.count)
+        log = Log(
+            jnp.where(here, time[i], log.time),
+            jnp.where(here, entry[i], log.entry).astype(log.entry.dtype),
+            jnp.where(here, jump[i], log.jump).astype(log.jump.dtype),
+            jnp.where(here, kind[i], log.kind).astype(log.kind.dtype),
+            log.count + when[i].astype(log.count.dtype),
+        )
+    return log
+
+
+def put(
+    ends: tuple[Float[Array, "... K"], Float[Array, "... K"]],
+    moves: tuple[Bool[Array, " K"], Bool[Array, " K"]],
+    s: Structure,
+    position: Float[Array, " n"],
+) -> Float[Array, "... n"]:
+    """`position` with the ends of intervals where they have moved to, by gathering."""
+    entries, count = jnp.arange(position.shape[0]), s.left.shape[0]
+    index = jnp.arange(count)
+    left = jnp.max(jnp.where((s.left == entries[:, None]) & moves[0], index, -1), axis=1)
+    right = jnp.max(jnp.where((s.right == entries[:, None]) & moves[1], index, -1), axis=1)
+    moved = jnp.concatenate(ends, axis=-1)
+    slot = jnp.where(left >= 0, left, count + right)
+    return jnp.where((left >= 0) | (right >= 0), moved[..., jnp.maximum(slot, 0)], position)
 
 
 def start(line: Line, jumps: Jumps, room: int, everything: bool) -> Lane:
@@ -444,7 +463,9 @@ def start(line: Line, jumps: Jumps, room: int, everything: bool) -> Lane:
     side = jnp.where(weight < 0, -jnp.sign(stays_left - stays_right), side).astype(jnp.int32)
     side = jnp.where(s.occupied & ~sure, side, 0)
     tie = s.occupied & ~sure & (side == 0)
-    place = line.place.at[s.lowest].add(side.astype(line.place.dtype))
+    entries = jnp.arange(line.place.shape[0])
+    shift = jnp.where(s.lowest == entries[:, None], side, 0)
+    place = line.place + jnp.sum(shift, axis=1, dtype=line.place.dtype)
     log = Log(
         jnp.full(room, jnp.inf),
         jnp.full(room, -1, jnp.int32),
@@ -509,10 +530,10 @@ def _outlook(s: Structure, mis: Misfit, at: Intervals, series: Motion, jumps: Ju
 
 def look(count: Array, lane: Lane, mobility: Float[Array, "lanes n"], jumps: Jumps) -> Outlook:
     """The Taylor series from where all lanes are."""
-    s, mis, at = _apart(jax.vmap(_here), count, lane, mobility, jumps)
-    series = Motion(at.scale, *map(jnp.stack, _apart(jax.vmap(motion), count, at)))
+    s, mis, at = apart(jax.vmap(_here), count, lane, mobility, jumps)
+    series = Motion(at.scale, *map(jnp.stack, apart(jax.vmap(motion), count, at)))
     outlook = jax.vmap(_outlook, (0, 0, 0, _MOTION_AXES, 0), _OUTLOOK_AXES)
-    return _apart(outlook, count, s, mis, at, series, jumps)
+    return apart(outlook, count, s, mis, at, series, jumps)
 
 
 def step(
@@ -554,11 +575,8 @@ def step(
 
     # record, then move
     def at(x: Array) -> Array:
-        moved = jnp.broadcast_to(lane.position, (*x.shape, lane.position.shape[0]))
-        left = jnp.where(s.inside, s.left, lane.position.shape[0])
-        right = jnp.where(s.inside, s.right, lane.position.shape[0])
-        moved = moved.at[..., left].set(_horner(series.left, x[..., None]), mode="drop")
-        return moved.at[..., right].set(_horner(series.right, x[..., None]), mode="drop")
+        ends = _horner(series.left, x[..., None]), _horner(series.right, x[..., None])
+        return put(ends, (s.inside, s.inside), s, lane.position)
 
     time = lane.time + x * series.scale
     inner = (window[:WINDOW] - lane.time) / series.scale
@@ -572,9 +590,9 @@ def step(
     hits = hits_from_left | hits_from_right
     entry = jnp.where(row == 0, s.left[k], jnp.where(row == 1, s.right[k], s.highest[k]))
     entry = jnp.where(row == 3, s.lowest[k], entry)
-    position = position.at[entry].set(jnp.where(hits, jumps.place[k], position[entry]))
-    on_jump = (2 * k + 1).astype(lane.place.dtype)
-    hit_place = lane.place.at[entry].set(jnp.where(hits, on_jump, lane.place[entry]))
+    its = jnp.arange(lane.place.shape[0]) == entry
+    position = jnp.where(hits & its, jumps.place[k], position)
+    hit_place = jnp.where(hits & its, (2 * k + 1).astype(lane.place.dtype), lane.place)
     there = structure(hit_place, mobility, jumps)
     after = misfit(position, there, jumps)
     stays_right, stays_left, weight = hold(after.at_left, after.at_right, there, jumps)
@@ -588,7 +606,7 @@ def step(
     to_left = passes_left | (happens & (row == 3)) | (vanishes & (speed > 0))
     tie = vanishes & (speed == 0)
     shift = to_right.astype(lane.place.dtype) - to_left.astype(lane.place.dtype)
-    place = hit_place.at[entry].add(shift)
+    place = hit_place + jnp.where(its, shift, 0)
     kind = jnp.where(
         hits,
         jnp.where(to_right | to_left, int(Event.PASS), int(Event.HIT)),
@@ -599,8 +617,9 @@ def step(
     j = jnp.argmax(touching)
     both = jnp.stack([s.left[j], s.right[j]])
     touches &= active
-    place = place.at[both].set(jnp.where(touches, (2 * j + 1).astype(place.dtype), place[both]))
-    position = position.at[both].set(jnp.where(touches, jumps.place[j], position[both]))
+    collapsed = touches & jnp.any(jnp.arange(place.shape[0])[:, None] == both, axis=1)
+    place = jnp.where(collapsed, (2 * j + 1).astype(place.dtype), place)
+    position = jnp.where(collapsed, jumps.place[j], position)
     tie |= touches & (s.before[j] < count) & (s.after[j] < count)
 
     when = jnp.stack([(happens & ~tie) | touches, touches])
@@ -630,22 +649,32 @@ def step(
     return new, records
 
 
-def _apart(function: Callable[..., Any], count: Array, *args: Any) -> Any:
-    """`function(*args)`, kept apart from what reads its results.
+def apart(function: Callable[..., Any], count: Array, *args: Any) -> Any:
+    """`function(*args)`, kept apart from what reads its results; differentiable like it.
 
-    XLA would repeat the recurrences of the Taylor series inside every reader. It does not look
-    through a loop whose one round it cannot foresee; `count` is a number that is not negative.
+    XLA would repeat what it takes to be cheap, such as the recurrences of the Taylor series, inside
+    every reader. It does not look through a loop whose one round it cannot foresee; `count` is
+    any number that is not negative.
     """
-    empty = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *args)
-    )
-    rounds = jnp.minimum(count, 0) + 1
-    _, result = lax.while_loop(
-        lambda carry: carry[0] < rounds,
-        lambda carry: (carry[0] + 1, function(*args)),
-        (jnp.zeros_like(rounds), empty),
-    )
-    return result
+
+    @jax.custom_jvp
+    def value(count: Array, args: Any) -> Any:
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *args)
+        )
+        rounds = jnp.minimum(count, 0) + 1
+        _, result = lax.while_loop(
+            lambda carry: carry[0] < rounds,
+            lambda carry: (carry[0] + 1, function(*args)),
+            (jnp.zeros_like(rounds), empty),
+        )
+        return result
+
+    @value.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return value(*primals), jax.jvp(function, primals[1], tangents[1])[1]
+
+    return value(count, args)
 
 
 def run(
