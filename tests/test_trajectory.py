@@ -16,7 +16,7 @@ import tts_jax as tts
 
 TARGET = tts.PiecewiseConstant([0.4, 0.7], [1.0, 3.0, 0.0])
 PROBLEM = tts.Univariate(TARGET, neurons=4, eta=0.05, noise=1.0)
-# as many starts as the target has pieces; the second one is beyond the sharp limit
+# as many starts as the target has pieces
 STARTS = PROBLEM.state(
     slow=[[0.2, 0.5, 0.6, 0.85], [0.1, 0.2, 0.5, 0.9], [0.3, 0.48, 0.62, 0.9]],
 )
@@ -165,6 +165,17 @@ def test_statistics_are_labelled_by_what_they_are_about(runs):
     assert runs["sharp_limit"].to_xarray()["stats.hitting_time"].dims == ("seed", "jump")
 
 
+def test_events_are_labelled_and_other_methods_have_none(runs):
+    events = runs["sharp_limit"].events
+    assert set(events) == {"time", "neuron", "jump", "kind"}
+    labelled = runs["sharp_limit"].to_xarray()
+    for name, value in events.items():
+        assert labelled[f"events.{name}"].dims == ("seed", "event")
+        assert_array_equal(labelled[f"events.{name}"], value)
+    assert np.any(np.isfinite(events["time"]))
+    assert all(runs[method].events == {} for method in METHODS if method != "sharp_limit")
+
+
 def test_crossed_epsilons_and_starts_are_selected_by_label(runs):
     run = runs["flow"]
     labelled = run.to_xarray()
@@ -230,11 +241,17 @@ def test_recorded_times_that_differ_between_lanes_are_not_labelled():
 
 def test_summary_counts_lanes_and_says_what_to_do(runs):
     assert runs["limit"].summary().startswith("3 of 3 lanes: SUCCESS.")
-    lines = runs["sharp_limit"].summary().splitlines()
+    assert runs["sharp_limit"].summary().startswith("3 of 3 lanes: SUCCESS.")
+    # a neuron on a jump that pushes it off equally to both sides
+    target = tts.PiecewiseConstant([0.3, 0.5, 0.7], [0.0, 4.0, 3.0, 7.0])
+    tie = tts.Univariate(target, neurons=1)
+    run = tts.sharp_limit(tie, tie.state(slow=[[0.4], [0.5], [0.6]]), tau=TAU)
+    lines = run.summary().splitlines()
     assert lines[0].startswith("2 of 3 lanes: SUCCESS.")
-    assert lines[1].startswith("1 of 3 lanes: NOT_COVERED.")
-    assert "Use `limit`" in lines[1]
-    assert_array_equal(runs["sharp_limit"].success, [True, False, True])
+    assert lines[1].startswith("1 of 3 lanes: NOT_UNIQUE.")
+    assert "Move the start" in lines[1]
+    assert_array_equal(run.success, [True, False, True])
+    assert_array_equal(np.isfinite(run.loss), [[True, True], [True, False], [True, True]])
 
 
 @pytest.mark.parametrize("status", tts.Status)

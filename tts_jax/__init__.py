@@ -2,12 +2,18 @@
 
 from tts_jax._flow import flow as flow
 from tts_jax._hitting import hitting_times as hitting_times
-from tts_jax._limit import limit as limit, sharp_limit as sharp_limit
+from tts_jax._limit import limit as limit
 from tts_jax._problem import AbstractProblem as AbstractProblem, State as State
 from tts_jax._rosenbrock import Rodas5P as Rodas5P
 from tts_jax._sgd import sgd as sgd
+from tts_jax._sharp_limit import sharp_limit as sharp_limit
 from tts_jax._sweep import Grid as Grid, resume as resume, sweep as sweep
-from tts_jax._trajectory import Status as Status, Trajectory as Trajectory, load as load
+from tts_jax._trajectory import (
+    Event as Event,
+    Status as Status,
+    Trajectory as Trajectory,
+    load as load,
+)
 from tts_jax._version import __version__ as __version__
 from tts_jax.problems.univariate import (
     PiecewiseConstant as PiecewiseConstant,

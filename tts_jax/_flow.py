@@ -65,9 +65,9 @@ def flow(
             by LLVM (extra `cpu`); `"loop"`: the same in JAX alone, on any device, differentiable
             in both modes, but slow to compile; `"diffrax"`: one by one by Diffrax. The first two
             are for problems with a structure to use, such as `Univariate` (banded stages, time
-            and memory in proportion to m). `"auto"`: the first that can be used, but inside a
-            transformation `"diffrax"`. `solver`, `adjoint` and `progress_meter` are Diffrax's: to
-            give one of them chooses it.
+            and memory in proportion to m). `"auto"`: `"simd"` where it can be used, which is
+            outside transformations, else `"diffrax"`. `solver`, `adjoint` and `progress_meter` are
+            Diffrax's: to give one of them chooses it.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
             solver, or `"auto"`: Tsit5 when by `problem.fastest_rate` stability costs it few

@@ -189,8 +189,8 @@ class Batch(eqx.Module):
         count = math.prod(self.shape)
         if count == 0:
             raise ValueError(
-                f"Argument `state` must have at least one lane, got batch axes {self.shape}. Pass a "
-                f"start."
+                f"Argument `state` must have at least one lane, got batch axes {self.shape}. "
+                f"Pass a start."
             )
 
         def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
@@ -243,9 +243,8 @@ def choose_engine(
         raise ValueError(f"Argument `engine` is 'simd', but {reason}. {remedy}")
     if engine != "auto":
         return engine
-    if not own or traced or not problem.flow_engines:
-        return "diffrax"  # which compiles much faster than "loop"
-    return "simd" if reason is None else "loop"
+    # "loop" is only taken when asked for: it takes long to compile
+    return "simd" if own and "simd" in problem.flow_engines and reason is None else "diffrax"
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""The two-timescale limits: the reduced flow on the critical manifold, and its sharp limit."""
+"""The two-timescale limit: the reduced flow on the critical manifold."""
 
 from typing import Any, Literal, cast
 
@@ -15,7 +15,6 @@ from tts_jax._integrate import (
     choose_engine,
     lane_answer,
     solve,
-    solve_lanes,
 )
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
@@ -52,16 +51,19 @@ def limit(
         atol: absolute tolerance of one step, in the units of the slow variable.
         engine: how the lanes are solved, as in `flow`. The engines that use the structure of
             the problem solve the flow's equations at ε = 0, which are differential-algebraic.
-        solver: `"rodas5p"` (what `"auto"` means), `"tsit5"` or any Diffrax solver. The reduced flow is stiff once
-            part of it has come to rest while the rest still moves.
+        solver: `"rodas5p"` (what `"auto"` means), `"tsit5"` or any Diffrax solver. The reduced
+            flow is stiff once part of it has come to rest while the rest still moves.
         max_steps: step limit of one lane.
         throw: raise on the first failure instead of returning its status.
         adjoint: how Diffrax differentiates through the solve, as in `flow`.
         progress_meter: a Diffrax progress meter.
 
     Returns:
-        A `Trajectory` with the batch axes of `state`. Its `.stats` are those of `flow` and what `problem.reduced_observables` reports at each τ: for
-        `Univariate` the `condition` number that tells how well a*(u) is determined.
+        A `Trajectory` with the batch axes of `state`. Its `.stats` are those of `flow` and what
+        `problem.reduced_observables` reports at each τ: for `Univariate` the `condition` number
+        that tells how well a*(u) is determined. Neurons may meet; engine `"simd"` then lets them
+        rest some 1e-3 η apart, by a ridge of a few ulp in the loss (`problems/_banded_program`),
+        while Diffrax may end with `MAX_STEPS`.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape.
@@ -123,45 +125,3 @@ def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run
 
 def _reduced_observables(problem: AbstractProblem, slow: Any) -> dict[str, Array]:
     return problem.reduced_observables(slow)
-
-
-@double_precision
-def sharp_limit(
-    problem: AbstractProblem, state: State, *, tau: Float[ArrayLike, " T"], throw: bool = False
-) -> Trajectory:
-    """The limit ε → 0 and then η → 0 from its closed form: no ODE is solved.
-
-    For `Univariate` see `tts_jax.problems._sharp`: near a jump the distances of the two
-    flanking neurons obey a conservation law, and times are hypergeometric.
-
-    Args:
-        problem: a problem that defines `sharp`; `Univariate` does.
-        state: the start, with any leading batch axes; only its slow part is used.
-        tau: recorded slow times, `[T]`, strictly increasing, ≥ 0.
-        throw: raise where the closed form does not apply instead of returning a status.
-
-    Returns:
-        A `Trajectory`, whose loss is that of η → 0 and whose `.stats["hitting_time"]`,
-        `[..., jumps]`, is the τ at which each jump is reached (infinite if never). A start
-        that the closed form does not cover has the status `NOT_COVERED` and NaN.
-
-    Raises:
-        ValueError: an argument is out of range or has the wrong shape.
-        TypeError: the problem has no sharp limit.
-        RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
-    """
-    require_double_precision("sharp_limit", problem, state, tau)
-    _checks.increasing_times(tau)
-    check_start(problem, state)
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
-    tau = jnp.asarray(tau, jnp.float64)
-    answer, names = solve_lanes(problem, _sharp_lane, state, jnp.zeros(()), problem, tau)
-    trajectory = record(problem, method="sharp_limit", tau=tau, batch_dims=names, **answer)
-    return raise_on_failure(trajectory) if throw else trajectory
-
-
-def _sharp_lane(
-    start: State, epsilon: Array, problem: AbstractProblem, tau: Array
-) -> dict[str, Any]:
-    del epsilon
-    return problem.sharp(start.slow, tau)

@@ -141,7 +141,8 @@ class AbstractProblem(eqx.Module):
         return jacobian[count:, count:] - jacobian[count:, :count] @ response
 
     def sharp(self, slow: PyTree[Array], tau: Float[Array, " T"]) -> dict[str, Any]:
-        """The closed form behind `sharp_limit`: fast, slow, loss, status and stats at `tau`."""
+        """What `sharp_limit` answers for starts `[lanes, ...]`: fast, slow, loss at `tau`; status,
+        stats and events."""
         del slow, tau
         raise TypeError(
             f"`{type(self).__name__}` has no sharp limit: it does not define `sharp`. Use `limit`."
@@ -158,7 +159,7 @@ class AbstractProblem(eqx.Module):
         atol: Any,
         max_steps: int,
     ) -> dict[str, Any]:
-        """The flow, or where ε = 0 the reduced flow, by an engine that knows the problem's structure.
+        """The flow, or where ε = 0 the reduced flow, by an engine that knows the structure.
 
         Args:
             engine: one of `flow_engines`; `"simd"` gets NumPy arrays and is never traced.

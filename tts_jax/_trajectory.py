@@ -32,12 +32,21 @@ class Status(enum.IntEnum):
     STEP_TOO_SMALL = 2
     SOLVER_FAILED = 3
     DIVERGED = 4
-    NOT_COVERED = 5
+    NOT_UNIQUE = 5
+    MAX_EVENTS = 6
 
     @property
     def advice(self) -> str:
         """What happened and what to change."""
         return _ADVICE[self]
+
+
+class Event(enum.IntEnum):
+    """What happens to a neuron at a time listed in `Trajectory.events`."""
+
+    HIT = 0  # it reaches a jump and stays on it
+    PASS = 1  # it reaches a jump and goes on beyond it
+    LEAVE = 2  # it leaves a jump on which it sat
 
 
 _ADVICE = {
@@ -59,9 +68,14 @@ _ADVICE = {
         "step_size * (neurons + 1) below about 1, and epsilon * step_size small against "
         "eta**2 / jump**2."
     ),
-    Status.NOT_COVERED: (
-        "The closed form of the sharp limit does not cover this start: a neuron flanks two "
-        "jumps. Use `limit` at a small `eta`, or a start with two neurons in every piece."
+    Status.NOT_UNIQUE: (
+        "The sharp limit is not unique from some time on: a neuron on a jump is pushed off it "
+        "equally to both sides, or both neurons that reached a jump together are pulled off it "
+        "again. Move the start by a little, or use `limit` at a small `eta`."
+    ),
+    Status.MAX_EVENTS: (
+        "The sharp limit has more events than the answer has room for. Go on with a second run "
+        "from the last recorded positions, `problem.state(slow=...)`."
     ),
 }
 
@@ -83,6 +97,9 @@ class Trajectory(eqx.Module):
         batch_dims: names of the leading axes.
         dims: names of the axes of one state, of the observables and of the statistics.
         notes: what else defines the run, in words: solver, engine, key, versions.
+        events: what happened when, each `[..., event]` in order of time, for `sharp_limit`: `time`
+            (infinite behind the last event), `neuron` (index in the caller's order), `jump` and
+            `kind` (an `Event`; all three −1 behind the last). Empty for the other methods.
     """
 
     tau: Float[Array, " T"]
@@ -98,6 +115,7 @@ class Trajectory(eqx.Module):
     batch_dims: tuple[str, ...] = eqx.field(static=True)
     dims: tuple[tuple[str, tuple[str, ...]], ...] = eqx.field(static=True)
     notes: tuple[tuple[str, str], ...] = eqx.field(static=True)
+    events: dict[str, Array] = eqx.field(default_factory=dict)
 
     @property
     def success(self) -> Array:
@@ -125,6 +143,7 @@ class Trajectory(eqx.Module):
         fields = _named_leaves("fast", self.fast) | _named_leaves("slow", self.slow)
         fields |= {"loss": self.loss, "status": self.status}
         fields |= {f"stats.{name}": value for name, value in self.stats.items()}
+        fields |= {f"events.{name}": value for name, value in self.events.items()}
         fields |= dict(self.observables)
         tau = np.asarray(self.tau)
         extra = tau.ndim - 1
@@ -144,6 +163,9 @@ class Trajectory(eqx.Module):
             array = np.asarray(value)
             own = dims.get(name.removeprefix("stats."), ())
             rest = array.ndim - len(batch)
+            if name.startswith("events."):
+                variables[name] = ((*batch, "event"), array)
+                continue
             # a statistic may have one value per lane, all others have one per recorded time
             per_lane = name.startswith("stats.") and own and rest == len(own)
             if rest and not per_lane:
@@ -255,7 +277,7 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
             f"`batch_dims`. {remedy}"
         )
     dims = tuple((name, tuple(axes)) for name, axes in json.loads(dataset.attrs["dims"]))
-    groups: dict[str, Any] = {"fast": {}, "slow": {}, "stats": {}, "settings": {}}
+    groups: dict[str, Any] = {"fast": {}, "slow": {}, "stats": {}, "settings": {}, "events": {}}
     observables = {}
     for name, variable in dataset.data_vars.items():
         head, _, tail = str(name).partition(".")
@@ -280,6 +302,7 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         batch_dims=tuple(json.loads(dataset.attrs["batch_dims"])),
         dims=dims,
         notes=tuple((k, str(v)) for k, v in dataset.attrs.items() if k not in reserved),
+        events=groups["events"],
     )
 
 
@@ -302,6 +325,7 @@ def record(
     batch_dims: tuple[str, ...] = (),
     settings: dict[str, Any] | None = None,
     notes: dict[str, str] | None = None,
+    events: dict[str, Array] | None = None,
 ) -> Trajectory:
     """Assemble the answer of one dynamics; observables are computed from the states."""
     return Trajectory(
@@ -326,6 +350,7 @@ def record(
             ("python", platform.python_version()),
             *(notes or {}).items(),
         ),
+        events=events or {},
     )
 
 

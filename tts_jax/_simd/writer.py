@@ -360,7 +360,10 @@ class Writer:
     @contextlib.contextmanager
     def range(self, first: Any, last: Any, step: int = 1) -> Iterator[Index]:
         """`for i in range(first, last, step)`; a negative step counts down to above `last`."""
-        lift = lambda bound: ir.Constant(WHOLE, bound) if isinstance(bound, int) else bound.ir
+
+        def lift(bound: Any) -> Any:
+            return ir.Constant(WHOLE, bound) if isinstance(bound, int) else bound.ir
+
         head, body, after = self.block("head"), self.block("body"), self.block("after")
         before, last = self.builder.block, lift(last)
         self.builder.branch(head)

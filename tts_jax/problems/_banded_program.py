@@ -27,7 +27,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from tts_jax._rosenbrock import A, C, GAMMA, H
+from tts_jax._rosenbrock import GAMMA, A, C, H
 from tts_jax._simd.writer import ADDRESS, WHOLE, Array, Index, Mask, Real, Writer
 from tts_jax.problems import _step
 
@@ -643,7 +643,7 @@ class Program:
     def _hessian(self) -> Writer:
         """hessian(table, y, K): S at y, after `gradient` there."""
         w, scope = self._function("hessian", (ADDRESS, WHOLE))
-        y, bound = w.vectors(w.arguments[1]), w.index(w.arguments[2])
+        bound = w.index(w.arguments[2])
         m, jumps, stride = scope.m, scope.size("jumps"), scope.stride
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         names = ("place", "edge", "misfit", "weight", "share", "count", "band")
@@ -1121,7 +1121,7 @@ class Program:
         table = w.arguments[0]
         state, following, lane = map(scope.array, ("state", "next", "lane"))
         steps, accepts, widest = map(scope.array, ("steps", "accepts", "widest"))
-        records, tau, times = scope.array("record"), scope.array("tau"), scope.size("times")
+        records, tau = scope.array("record"), scope.array("tau")
         end = scope.shared("end")
         with w.range(0, self.lanes) as each:
             w.call(self.refill, table, each)
@@ -1215,7 +1215,7 @@ class Program:
     # --- before and after ---
 
     def _gather(self, w: Writer, scope: Scope, first: Index, last: Index, source: str, order: str):
-        """Load the states that are on the list from `first` to before `last`; spare lanes repeat."""
+        """Load the listed states `first`, … before `last` into the lanes; spare lanes repeat."""
         lane, listed = scope.array("lane"), scope.array("which")
         lane[STEP_SIZE] = 1.0
         lane[EPSILON] = 0.0

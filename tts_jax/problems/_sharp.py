@@ -16,32 +16,55 @@ side has no neuron in [0, 1] has a wall there, at fixed distance W to the end of
 then (W + r)³ falls at the constant rate 3 w² W².
 """
 
+import math
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
-from tts_jax._trajectory import Status
+from tts_jax._trajectory import Event, Status
+from tts_jax.problems._sharp_events import (
+    Jumps,
+    Lane,
+    Line,
+    Structure,
+    advance,
+    apart,
+    push,
+    put,
+    start,
+    structure,
+)
 
 
-def _series(count: int = 28) -> np.ndarray:
-    """Taylor coefficients of Ψ; its argument is at most 1/4, so the rest is below 1e-17."""
-    coefficients = [1.0]
-    for n in range(count - 1):
-        ratio = (n - 1 / 6) * (n - 1 / 2) / ((n + 5 / 6) * (n + 1))
-        coefficients.append(coefficients[-1] * ratio)
-    return np.array(coefficients)
+def _psi_coefficients(terms: int = 80, degree: int = 17) -> np.ndarray:
+    """Ψ on [0, 1/4] as a polynomial in 8y − 1: its Taylor series about 1/8.
+
+    Summed from the one about 0, whose terms are positive; the rest is below 1e-17.
+    """
+    taylor = [1.0]
+    for n in range(terms - 1):
+        taylor.append(taylor[-1] * (n - 1 / 6) * (n - 1 / 2) / ((n + 5 / 6) * (n + 1)))
+    return np.array(
+        [
+            math.fsum(taylor[n] * math.comb(n, k) * 8.0**-n for n in range(k, terms))
+            for k in range(degree + 1)
+        ]
+    )
 
 
-_PSI = _series()
+_PSI = _psi_coefficients()
+_PSI_QUARTER = float(np.sum(_PSI))
 _SCALE = 4.0 / np.sqrt(3.0)
+
+BLOCK = 32  # lanes that take their steps together
 
 
 def _psi(y: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.polyval(jnp.asarray(_PSI[::-1], y.dtype), y)
-
-
-_PSI_QUARTER = float(np.polyval(_PSI[::-1], 0.25))
+    return jnp.polyval(jnp.asarray(_PSI[::-1], y.dtype), 8.0 * y - 1.0)
 
 
 def _invariant(near: Array, far: Array) -> tuple[Array, Array]:
@@ -57,18 +80,17 @@ def _remaining(p: Array, c: Array) -> Array:
 
 
 def pair_hitting_time(
-    near: Float[Array, "..."], far: Float[Array, "..."], height: Float[Array, "..."]
+    near: Float[Array, "..."], far: Float[Array, "..."], rate: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """Time T at which the nearer of two flanking neurons reaches the jump.
 
     Args:
         near: smaller initial distance R to the jump.
         far: larger initial distance D.
-        height: jump height w (any sign); the time is infinite where it is 0.
+        rate: w² for a jump of height w, times the neurons' mobility; at 0 the time is infinite.
     """
     scaled = jnp.maximum(_remaining(*_invariant(near, far)), 0.0)
-    square = height * height
-    return jnp.where(square > 0, scaled / jnp.where(square > 0, square, 1.0), jnp.inf)
+    return jnp.where(rate > 0, scaled / jnp.where(rate > 0, rate, 1.0), jnp.inf)
 
 
 def pair_distances(
@@ -78,30 +100,35 @@ def pair_distances(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Both distances (nearer, farther) at scaled time w²τ, by Newton's method in p.
 
-    `_remaining` is nearly linear in p, with slope between 2 and 4/√3, so that six iterations
-    from below reach rounding everywhere.
+    `_remaining` is convex in p, with a slope that rises from 2 to 4/√3; from the lesser of two
+    bounds, the tangents at p = c and at infinity, three iterations reach rounding. A fourth one
+    carries the derivatives.
     """
     p0, c = _invariant(near, far)
     left = _remaining(p0, c) - scaled_time
     left_or_zero = jnp.maximum(left, 0.0)
-    p = c + left_or_zero / _SCALE
-    for _ in range(6):
-        cube = (c / jnp.where(p > 0, p, 1.0)) ** 6
+    fixed_c, fixed_left = lax.stop_gradient((c, left_or_zero))
+    p = jnp.minimum(fixed_c + fixed_left / 2.0, fixed_left / _SCALE + fixed_c * _PSI_QUARTER)
+    for count in range(4):
+        if count == 3:
+            fixed_c, fixed_left = c, left_or_zero
+        cube = lax.stop_gradient((c / jnp.where(p > 0, p, 1.0)) ** 6)
         slope = 2.0 * jnp.sqrt((4.0 - cube) / 3.0)
-        p = jnp.maximum(p - (_remaining(p, c) - left_or_zero) / slope, c)
+        p = jnp.maximum(p - (_remaining(p, fixed_c) - fixed_left) / slope, fixed_c)
     safe = jnp.where(p > 0, p, 1.0)
-    difference = c * (c / safe) ** 2
-    total = p * jnp.sqrt((4.0 - (c / safe) ** 6) / 3.0)
+    ratio = c / safe
+    difference = c * ratio**2
+    total = p * jnp.sqrt((4.0 - ratio**6) / 3.0)
     hit = left <= 0.0
     nearer = jnp.where(hit, 0.0, jnp.maximum((total - difference) / 2.0, 0.0))
     return nearer, jnp.where(hit, c, (total + difference) / 2.0)
 
 
 def wall_hitting_time(
-    distance: Float[Array, "..."], wall: Float[Array, "..."], height: Float[Array, "..."]
+    distance: Float[Array, "..."], wall: Float[Array, "..."], rate: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """Time at which a neuron at `distance` reaches a jump whose other side is a wall."""
-    rate = (height * wall) ** 2
+    rate = rate * wall**2
     path = distance * (wall * wall + wall * distance + distance * distance / 3.0)
     return jnp.where(rate > 0, path / jnp.where(rate > 0, rate, 1.0), jnp.inf)
 
@@ -114,113 +141,279 @@ def wall_distance(
     return jnp.maximum(jnp.cbrt(jnp.maximum(cube, wall**3)) - wall, 0.0)
 
 
-def sharp_trajectory(
-    slow: Float[Array, " m"],
+class Layout(NamedTuple):
+    """How the sorted neurons of one lane became entries of a `Line`."""
+
+    entry: Int[Array, " m"]  # of each neuron, in the caller's order
+    size: Float[Array, " n"]  # neurons of each entry
+    outside: Bool[Array, " m"]  # neurons beyond [0, 1], which never move
+    neuron: Int[Array, " n"]  # the caller's index of an entry's (first) neuron; −1 for the walls
+
+
+def _lay_out(
+    slow: Float[Array, " m"], jumps: Float[Array, " K"], heights: Float[Array, " K"]
+) -> tuple[Line, Jumps, Layout, Int[Array, " K"]]:
+    """Entries and jumps of one lane, and the caller's index of each jump."""
+    neurons = slow.shape[0]
+    behind = jnp.argsort(heights == 0, stable=True)
+    real = (heights != 0)[behind]
+    places = jnp.where(real, jumps[behind], 2.0)
+    order = jnp.argsort(slow, stable=True)
+    ordered = slow[order]
+    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    entry = jnp.cumsum(new)  # from 1 on: 0 is a wall
+    # the first neuron of each entry; behind the last one stand walls
+    first = jnp.argsort(~new, stable=True)
+    there = jnp.arange(neurons) < entry[-1]
+    bounds = jnp.append(jnp.where(there, first, neurons), neurons)
+    size = jnp.where(there, jnp.diff(bounds), 0).astype(slow.dtype)
+    outside = (ordered < 0.0) | (ordered > 1.0)
+    zero = jnp.zeros(1)
+    mobility = jnp.where(there & ~outside[first], 1.0 / jnp.maximum(size, 1.0), 0.0)
+    position = jnp.where(there, jnp.clip(ordered[first], 0.0, 1.0), 1.0)
+    size, mobility = (jnp.concatenate([zero, x, zero]) for x in (size, mobility))
+    position = jnp.concatenate([zero, position, jnp.ones(1)])
+    neuron = jnp.where(there, order[first], -1).astype(jnp.int32)
+    neuron = jnp.concatenate([jnp.full(1, -1, jnp.int32), neuron, jnp.full(1, -1, jnp.int32)])
+    place = jnp.zeros(neurons + 2, jnp.int32)
+    for k in range(jumps.shape[0]):
+        place += (places[k] < position).astype(jnp.int32) + (places[k] <= position)
+    layout = Layout(
+        entry=entry[jnp.argsort(order)],
+        size=size,
+        outside=(slow < 0.0) | (slow > 1.0),
+        neuron=neuron,
+    )
+    return (
+        Line(position, place, mobility),
+        Jumps(places, heights[behind], real),
+        layout,
+        behind,
+    )
+
+
+class Pairs(NamedTuple):
+    """The closed forms that hold from some time on, one per jump."""
+
+    near_left: Bool[Array, " K"]  # the left end is the nearer one
+    pair: Bool[Array, " K"]  # both ends move
+    wall: Bool[Array, " K"]  # one end moves
+    wall_left: Bool[Array, " K"]
+    left: Float[Array, " K"]  # distances at that time
+    right: Float[Array, " K"]
+    rate: Float[Array, " K"]  # w² times the mobility
+    hitting: Float[Array, " K"]  # time from then on to the hit
+
+
+def _pairs(position: Float[Array, " n"], s: Structure, jumps: Jumps) -> Pairs:
+    decoupled = s.inside & ~s.coupled()
+    left = jnp.where(decoupled, jumps.place - position[s.left], 1.0)
+    right = jnp.where(decoupled, position[s.right] - jumps.place, 1.0)
+    mobility = jnp.maximum(s.mobility_left, s.mobility_right)
+    moves = decoupled & (mobility > 0)
+    wall_left, wall_right = s.mobility_left == 0, s.mobility_right == 0
+    pair, wall = moves & ~(wall_left | wall_right), moves & (wall_left | wall_right)
+    rate = jumps.height**2 * mobility
+    near, far = jnp.minimum(left, right), jnp.maximum(left, right)
+    fixed, free = jnp.where(wall_left, left, right), jnp.where(wall_left, right, left)
+    hitting = jnp.where(
+        pair, pair_hitting_time(near, far, rate), wall_hitting_time(free, fixed, rate)
+    )
+    hitting = jnp.where(moves, hitting, jnp.inf)
+    return Pairs(left <= right, pair, wall, wall_left, left, right, rate, hitting)
+
+
+def _ends(p: Pairs, jumps: Jumps, time: Float[Array, " T"]) -> tuple[Array, Array]:
+    """The ends `[T, K]` around each jump at the times `time` later, by the closed forms."""
+    scaled = p.rate * time[:, None]
+    near, far = jnp.minimum(p.left, p.right), jnp.maximum(p.left, p.right)
+    nearer, farther = pair_distances(near, far, scaled)
+    fixed = jnp.where(p.wall_left, p.left, p.right)
+    moved = wall_distance(jnp.where(p.wall_left, p.right, p.left), fixed, scaled)
+    left = jnp.where(p.near_left, nearer, farther)
+    right = jnp.where(p.near_left, farther, nearer)
+    left, right = jnp.where(p.pair, left, moved), jnp.where(p.pair, right, moved)
+    return jumps.place - left, jumps.place + right
+
+
+def sharp_trajectories(
+    slow: Float[Array, "lanes m"],
     tau: Float[Array, " T"],
     jumps: Float[Array, " jumps"],
     values: Float[Array, " pieces"],
-) -> tuple[Float[Array, "T m1"], Float[Array, "T m"], Float[Array, " T"], Array, Array]:
-    """Weights, positions, loss, status and hitting times of one start.
+    *,
+    numeric: bool = False,
+) -> dict[str, Any]:
+    """Weights, positions, loss, status, statistics and events of a batch of starts.
 
-    Covered are starts in which every neuron flanks at most one jump; any other start gets the
-    status `NOT_COVERED` and NaN after τ = 0.
+    Args:
+        slow: positions in any order.
+        tau: recorded times.
+        jumps: positions of the jumps.
+        values: levels of the pieces.
+        numeric: step through to the end instead of finishing by closed forms; for tests.
     """
-    heights = jnp.diff(values)
-    order = jnp.argsort(slow)
-    sorted_slow = slow[order]
-    neurons = slow.shape[0]
-    first = jnp.searchsorted(sorted_slow, jumps, side="left")
-    past = jnp.searchsorted(sorted_slow, jumps, side="right")
-    on_jump = past > first
-    padded = jnp.concatenate([-jnp.ones(1), sorted_slow, 2.0 * jnp.ones(1)])
-    # neuron `first − 1` is the left flank; shifted by the padding its place is `first`
-    flank_left, flank_right = padded[first], padded[past + 1]
-    wall_left, wall_right = flank_left < 0.0, flank_right > 1.0
-    left = jumps - jnp.maximum(flank_left, 0.0)
-    right = jnp.minimum(flank_right, 1.0) - jumps
-    covered = _covered(padded, first, past, on_jump, wall_left, wall_right)
+    count = jumps.shape[0]
+    if count == 0:  # nothing moves: as with a jump of no height
+        jumps, values = jnp.full(1, 0.5), jnp.concatenate([values, values])
+    lanes = slow.shape[0]
+    if lanes <= BLOCK:
+        answer = _block(slow, tau, jumps, values, numeric)
+    else:
+        # lanes that need steps come together: a block takes as long as its slowest lane
+        order = jnp.argsort(~_needs_steps(slow, jumps, values, numeric), stable=True)
+        padded = order[np.arange(-(-lanes // BLOCK) * BLOCK) % lanes]
+        blocks = slow[padded].reshape(-1, BLOCK, slow.shape[1])
+        answer = lax.map(lambda block: _block(block, tau, jumps, values, numeric), blocks)
+        back = jnp.argsort(order)
+        answer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[back], answer)
+    answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
+    return answer
 
-    pair = ~(on_jump | wall_left | wall_right)
-    near, far = jnp.minimum(left, right), jnp.maximum(left, right)
-    one_wall = (wall_left ^ wall_right) & ~on_jump
-    wall, free = jnp.where(wall_left, left, right), jnp.where(wall_left, right, left)
-    hitting = jnp.where(
-        pair,
-        pair_hitting_time(near, far, heights),
-        jnp.where(one_wall, wall_hitting_time(free, wall, heights), jnp.inf),
+
+def _needs_steps(slow: Array, jumps: Array, values: Array, numeric: bool) -> Bool[Array, " lanes"]:
+    line, real, _, _ = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
+    room = capacity(jumps.shape[0])
+    return jax.vmap(start, (0, 0, None, None))(line, real, room, numeric).active
+
+
+def _block(
+    slow: Float[Array, "lanes m"], tau: Array, jumps: Array, values: Array, numeric: bool
+) -> dict[str, Any]:
+    room = capacity(jumps.shape[0])
+    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
+    lane, records = advance(line, real, tau, room, numeric)
+    # each stage is computed once, whatever reads it
+    count = jnp.min(lane.recorded)
+    s, pairs = apart(jax.vmap(lambda *of: _closed(*of, numeric)), count, lane, line, real)
+    late = jax.vmap(lambda time: jnp.maximum(tau - time, 0.0))(lane.time)
+    ends = apart(jax.vmap(_ends), count, pairs, real, late)
+    entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
+    fast, loss = apart(
+        jax.vmap(jax.vmap(_fit, (0, None, None, None)), (0, 0, None, None)),
+        count,
+        entries,
+        layout,
+        jumps,
+        values,
     )
-    hitting = jnp.where(on_jump, 0.0, hitting)
-
-    def at(time: Array) -> tuple[Array, Array, Array]:
-        scaled = heights**2 * time
-        nearer, farther = pair_distances(near, far, scaled)
-        moved = wall_distance(free, wall, scaled)
-        left_is_near = left <= right
-        new_left = jnp.where(pair, jnp.where(left_is_near, nearer, farther), left)
-        new_right = jnp.where(pair, jnp.where(left_is_near, farther, nearer), right)
-        new_left = jnp.where(one_wall & wall_right, moved, new_left)
-        new_right = jnp.where(one_wall & wall_left, moved, new_right)
-        place = padded
-        move_left, move_right = ~(on_jump | wall_left), ~(on_jump | wall_right)
-        spare = neurons + 2  # writes of walls land beyond the end and are dropped
-        place = place.at[jnp.where(move_left, first, spare)].set(jumps - new_left, mode="drop")
-        place = place.at[jnp.where(move_right, past + 1, spare)].set(jumps + new_right, mode="drop")
-        total = new_left + new_right
-        excess = heights**2 * new_left * new_right / jnp.where(total > 0, total, 1.0)
-        loss = jnp.sum(jnp.where(on_jump, 0.0, excess))
-        moved_slow = place[1:-1]
-        levels = _plateaus(moved_slow, jumps, values)
-        weights = jnp.zeros_like(slow).at[order].set(jnp.diff(levels))
-        positions = jnp.zeros_like(slow).at[order].set(moved_slow)
-        return jnp.concatenate([levels[:1], weights]), positions, loss
-
-    fast, positions, loss = jax.vmap(at)(tau)
-    known = covered | (tau == 0.0)
-    fast = jnp.where(known[:, None], fast, jnp.nan)
-    positions = jnp.where(known[:, None], positions, jnp.nan)
-    loss = jnp.where(covered, loss, jnp.nan)
-    status = jnp.where(covered, int(Status.SUCCESS), int(Status.NOT_COVERED)).astype(jnp.int32)
-    return fast, positions, loss, status, jnp.where(covered, hitting, jnp.nan)
+    answer = jax.vmap(_events)(lane, s, pairs, real, layout, behind)
+    ends_well = lane.status == int(Status.SUCCESS)
+    index = jnp.arange(tau.shape[0])
+    known = ends_well[:, None] | (index < lane.recorded[:, None]) | (tau <= lane.time[:, None])
+    positions = jax.vmap(lambda e, of: e[:, of.entry])(entries, layout)
+    positions = jnp.where(layout.outside[:, None], slow[:, None], positions)
+    return answer | {
+        "fast": jnp.where(known[..., None], fast, jnp.nan),
+        "slow": jnp.where(known[..., None], positions, jnp.nan),
+        "loss": jnp.where(known, loss, jnp.nan),
+    }
 
 
-def _covered(
-    padded: Array, first: Array, past: Array, on_jump: Array, wall_left: Array, wall_right: Array
-) -> Bool[Array, ""]:
-    """Whether every neuron flanks at most one jump, and flanks it alone."""
-    # the neurons of each jump, as places in `padded`: those on it, or else its two flanks
-    lowest = jnp.where(on_jump, first + 1, first)
-    highest = jnp.where(on_jump, past, past + 1)
-    apart = jnp.all(highest[:-1] < lowest[1:])
-    # coincident neurons share a force in a way that depends on η
-    twin_left = (padded[jnp.maximum(first - 1, 0)] == padded[first]) & (first > 0)
-    last = padded.shape[0] - 1
-    twin_right = (padded[jnp.minimum(past + 2, last)] == padded[past + 1]) & (past + 1 < last)
-    twins = (twin_left & ~wall_left) | (twin_right & ~wall_right)
-    return apart & ~jnp.any(twins & ~on_jump)
+def capacity(jumps: int) -> int:
+    """The most events that are kept of one start."""
+    return 6 * jumps + 2
 
 
-def _plateaus(
-    sorted_slow: Float[Array, " m"], jumps: Float[Array, " jumps"], values: Float[Array, " pieces"]
-) -> Float[Array, " m1"]:
-    """Level of the fit between neighbouring neurons: the mean of f*.
+def _closed(lane: Lane, line: Line, jumps: Jumps, numeric: bool) -> tuple[Structure, Pairs]:
+    """The closed forms that finish one lane."""
+    s = structure(lane.place, line.mobility, jumps)
+    pairs = _pairs(lane.position, s, jumps)
+    if numeric:
+        never = jnp.zeros_like(pairs.pair)
+        pairs = pairs._replace(
+            pair=never, wall=never, hitting=jnp.full_like(pairs.hitting, jnp.inf)
+        )
+    return s, pairs
 
-    A plateau of no length takes the level that gives the weights of least norm: evenly spaced
-    between its neighbours, with 0 before the bias and no step beyond the last.
+
+def _entries(
+    lane: Lane, s: Structure, p: Pairs, ends: tuple[Array, Array], records: Float[Array, "T n"]
+) -> Float[Array, "T n"]:
+    """The entries of one lane at the recorded times, from its steps and its closed forms."""
+    moves = p.pair | (p.wall & ~p.wall_left), p.pair | (p.wall & p.wall_left)
+    late = put(ends, moves, s, lane.position)
+    stepped = jnp.arange(records.shape[0]) < lane.recorded
+    return jnp.where(stepped[:, None], records, late)
+
+
+def _events(
+    lane: Lane,
+    s: Structure,
+    p: Pairs,
+    jumps: Jumps,
+    layout: Layout,
+    behind: Int[Array, " K"],
+) -> dict[str, Any]:
+    """Status, hitting times and events of one lane: those of its steps and its closed forms."""
+    good = lane.status == int(Status.SUCCESS)
+    when = jnp.isfinite(p.hitting) & good
+    time = lane.time + p.hitting
+    near = jnp.where(p.pair, p.near_left, ~p.wall_left)
+    entry, other = jnp.where(near, s.left, s.right), jnp.where(near, s.right, s.left)
+    together = when & p.pair & (p.left == p.right)
+    index = jnp.arange(jumps.place.shape[0])
+    kind = jnp.full_like(index, int(Event.HIT))
+    log = push(lane.log, when, time, entry, index, kind)
+    log = push(log, together, time, other, index, kind)
+    room = log.time.shape[0]
+    status = jnp.where(good & (log.count > room), int(Status.MAX_EVENTS), lane.status)
+    good = status == int(Status.SUCCESS)
+    order = jnp.argsort(log.time, stable=True)
+    there = jnp.arange(room) < log.count
+    jump = jnp.where(there, behind[log.jump[order]], -1).astype(jnp.int32)
+    time, kind = log.time[order], log.kind[order]
+    hits = (jump[:, None] == index) & (kind == int(Event.HIT))[:, None]
+    hitting = jnp.min(jnp.where(hits, time[:, None], jnp.inf), axis=0)
+    return {
+        "status": status.astype(jnp.int32),
+        "stats": {"hitting_time": jnp.where(good | jnp.isfinite(hitting), hitting, jnp.nan)},
+        "events": {
+            "time": time,
+            "neuron": jnp.where(there, layout.neuron[log.entry[order]], -1),
+            "jump": jump,
+            "kind": kind,
+        },
+    }
+
+
+def _fit(
+    entries: Float[Array, " n"],
+    layout: Layout,
+    jumps: Float[Array, " jumps"],
+    values: Float[Array, " pieces"],
+) -> tuple[Float[Array, " m1"], Float[Array, ""]]:
+    """Weights of the fit that is the mean of f* between entries, and its loss.
+
+    Neurons at the same place share a step evenly, which is the least norm. The bias is a step at
+    0; steps at 1 have no weight.
     """
-    edges = jnp.concatenate([jnp.zeros(1), jnp.clip(sorted_slow, 0.0, 1.0), jnp.ones(1)])
-    lengths = jnp.diff(edges)
-    # the integral of f* over a plateau, piece by piece: no cancellation for short ones
-    starts = jnp.concatenate([jnp.zeros(1), jumps])
-    ends = jnp.concatenate([jumps, jnp.ones(1)])
-    shared = jnp.minimum(edges[1:, None], ends) - jnp.maximum(edges[:-1, None], starts)
-    area = jnp.maximum(shared, 0.0) @ values
-    valid = lengths > 0
-    levels = jnp.where(valid, area / jnp.where(valid, lengths, 1.0), 0.0)
-    count = levels.shape[0]
-    index = jnp.arange(count)
-    before = jax.lax.cummax(jnp.where(valid, index, -1))
-    after = jax.lax.cummin(jnp.where(valid, index, count), reverse=True)
-    low = jnp.where(before >= 0, levels[jnp.maximum(before, 0)], 0.0)
-    high = jnp.where(after < count, levels[jnp.minimum(after, count - 1)], low)
-    share = (index - before) / jnp.maximum(after - before, 1)
-    return jnp.where(valid, levels, low + share * (high - low))
+    low, high = entries[:-1], entries[1:]
+    length = high - low
+    valid = length > 0
+    # f* between two entries is measured from its first level on: exact where it is constant
+    base = jnp.broadcast_to(values[0], low.shape)
+    area = jnp.zeros_like(low)
+    for k in range(jumps.shape[0]):
+        base = jnp.where(jumps[k] <= low, values[k + 1], base)
+        inside = (jumps[k] > low) & (jumps[k] < high)
+        area += jnp.where(inside, (values[k + 1] - values[k]) * (high - jumps[k]), 0.0)
+    offset = area / jnp.where(valid, length, 1.0)
+    loss = jnp.zeros_like(low)
+    for k in range(jumps.shape[0] + 1):
+        start = jnp.maximum(low, jumps[k - 1]) if k else low
+        end = jnp.minimum(high, jumps[k]) if k < jumps.shape[0] else high
+        loss += jnp.maximum(end - start, 0.0) * ((values[k] - base) - offset) ** 2
+    level = base + offset
+    # inside (0, 1) at most two entries share a place, and the plateau between them has no length
+    left = jnp.where(valid, level, jnp.roll(level, 1))[:-1]
+    right = jnp.where(valid, level, jnp.roll(level, -1))[1:]
+    size = layout.size
+    sharing = size[1:-1] + jnp.where(valid[:-1], 0.0, size[:-2])
+    sharing += jnp.where(valid[1:], 0.0, size[2:])
+    inner = (right - left) / jnp.maximum(sharing, 1.0)
+    share = jnp.concatenate([jnp.zeros(1), inner, jnp.zeros(1)])
+    at_start = entries <= 0.0
+    bias = level[jnp.argmax(valid)] / (1.0 + jnp.sum(jnp.where(at_start, size, 0.0)))
+    share = jnp.where(at_start, bias, jnp.where(entries >= 1.0, 0.0, share))
+    return jnp.concatenate([bias[None], share[layout.entry]]), jnp.sum(loss)

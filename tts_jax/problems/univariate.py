@@ -367,12 +367,10 @@ class Univariate(AbstractProblem):
         ratio = eigenvalues[-1] / jnp.where(resolved, smallest, 1.0)
         return jnp.where(resolved | jnp.isnan(smallest), ratio, jnp.inf)
 
-    def sharp(self, slow: Float[Array, " m"], tau: Float[Array, " T"]) -> dict[str, Any]:
-        """ε → 0 and then η → 0 in closed form; see `tts_jax.problems._sharp`."""
+    def sharp(self, slow: Float[Array, "lanes m"], tau: Float[Array, " T"]) -> dict[str, Any]:
+        """ε → 0 and then η → 0, event by event; see docs/sharp_limit.md."""
         jumps, values = jnp.asarray(self.target.jumps), jnp.asarray(self.target.values)
-        fast, slow, loss, status, hitting = _sharp.sharp_trajectory(slow, tau, jumps, values)
-        stats = {"hitting_time": hitting}
-        return {"fast": fast, "slow": slow, "loss": loss, "status": status, "stats": stats}
+        return _sharp.sharp_trajectories(slow, tau, jumps, values)
 
     def fastest_rate(
         self, fast: Float[Array, " m1"], slow: Float[Array, " m"], epsilon: Array
