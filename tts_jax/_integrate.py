@@ -44,7 +44,7 @@ class Run(eqx.Module):
 
     tau: Float[Array, " T"]
     solver: diffrax.AbstractSolver
-    controller: diffrax.AbstractStepSizeController
+    controller: diffrax.PIDController
     max_steps: int = eqx.field(static=True)
     adjoint: diffrax.AbstractAdjoint
     progress_meter: diffrax.AbstractProgressMeter
@@ -264,12 +264,18 @@ def solve(
     if engine == "diffrax":
         return solve_lanes(problem, solve_lane, state, epsilon, problem, run)
     batch = Batch(problem, state, epsilon)
-    setting = dict(rtol=run.controller.rtol, atol=run.controller.atol, max_steps=run.max_steps)
     given = batch.state, batch.epsilon, run.tau
+    if engine == "simd":
+        given = jax.tree.map(np.asarray, given)
+    answer = problem.solve_flow(
+        engine,
+        *given,
+        rtol=run.controller.rtol,
+        atol=run.controller.atol,
+        max_steps=run.max_steps,
+    )
     if engine != "simd":
-        answer = problem.solve_flow(engine, *given, **setting)
         return batch.unflatten(answer), batch.names
-    answer = problem.solve_flow(engine, *jax.tree.map(np.asarray, given), **setting)
     beyond = np.flatnonzero(answer["stats"].get("dense", False))
     if beyond.size:
         some = jax.tree.map(lambda leaf: leaf[beyond], batch.state)

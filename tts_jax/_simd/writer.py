@@ -99,7 +99,9 @@ class Index(Value):
 class Real(Value):
     """A double, one or one per lane; remembers the factors of a product."""
 
-    def __init__(self, writer: "Writer", ir_value: Any, factors: Any = None) -> None:
+    def __init__(
+        self, writer: "Writer", ir_value: Any, factors: "tuple[Real, Real] | None" = None
+    ) -> None:
         super().__init__(writer, ir_value)
         self.factors = factors
 
@@ -120,7 +122,8 @@ class Real(Value):
         first, second = self._pair(other)
         for product, rest in ((second, first), (first, second)):
             if product.factors is not None:
-                return self.writer.fma(*product.factors, rest)
+                x, y = product.factors
+                return self.writer.fma(x, y, rest)
         return Real(self.writer, self.builder.fadd(first.ir, second.ir))
 
     def __sub__(self, other: Any) -> "Real":
@@ -129,7 +132,8 @@ class Real(Value):
             x, y = second.factors
             return self.writer.fma(-x, y, first)
         if first.factors is not None:
-            return self.writer.fma(*first.factors, -second)
+            x, y = first.factors
+            return self.writer.fma(x, y, -second)
         return Real(self.writer, self.builder.fsub(first.ir, second.ir))
 
     def __mul__(self, other: Any) -> "Real":
@@ -307,12 +311,10 @@ class Writer:
         return self._call("pow", base, base._lift(exponent))
 
     def where(self, mask: Mask, yes: Any, no: Any) -> Any:
-        if not isinstance(yes, Value):
-            yes = no._lift(yes) if isinstance(no, Value) else self.real(yes)
-        if not isinstance(no, Value):
-            no = yes._lift(no)
-        if isinstance(yes, Real):
-            yes, no = yes._pair(no)
+        """`yes` where the mask is true, else `no`; one of them may be a plain number."""
+        if isinstance(yes, Real) or isinstance(no, Real):
+            first = yes if isinstance(yes, Real) else no._lift(yes)
+            yes, no = first._pair(no)
         return type(yes)(self, self.builder.select(mask.ir, yes.ir, no.ir))
 
     def maximum(self, first: Real, second: Any) -> Real:

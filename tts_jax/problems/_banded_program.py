@@ -739,7 +739,7 @@ class Program:
 
     def _solve(self) -> Writer:
         """solve(table, x, K): x ← S⁻¹ x; narrow bands have code of their own."""
-        narrow = {bound: self._solve_narrow(bound) for bound in (1, 2, 3)}
+        narrow = {bound: self._solve_narrow(bound) for bound in (1, 2, 3, 4, 5, 6)}
         wide = self._solve_wide()
         w, _ = self._function("solve", (ADDRESS, WHOLE))
         bound = w.index(w.arguments[2])

@@ -13,6 +13,7 @@ from tts_jax._trajectory import Status
 
 
 FEW = 4  # up to this many starts per thread, the vectors are narrower
+MANY = 300  # with more neurons, wide vectors do not fit the cache
 WIDEST = 200  # neighbours that may overlap: for more, dense matrices are no slower
 TOO_WIDE = 100  # status, inside, of a start where more do
 RIDGE = 4.0  # of the reduced flow, in ulp of the trace of the Gram matrix, about
@@ -115,7 +116,7 @@ def solve(
             cut = slice(begin, begin + chunk)
             _solve_chunk(
                 problem,
-                *(np.ascontiguousarray(x[cut]) for x in (*given, epsilon[starts])),
+                [np.ascontiguousarray(x[cut]) for x in (*given, epsilon[starts])],
                 tau,
                 {name: value[cut] for name, value in part.items()},
                 rtol=rtol,
@@ -157,11 +158,7 @@ def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
 
 def _solve_chunk(
     problem: Any,
-    bias: np.ndarray,
-    weights: np.ndarray,
-    places: np.ndarray,
-    count: np.ndarray,
-    epsilon: np.ndarray,
+    given: list[np.ndarray],
     tau: np.ndarray,
     answer: dict[str, np.ndarray],
     *,
@@ -171,13 +168,19 @@ def _solve_chunk(
     lanes: int | None,
     threads: int,
 ) -> None:
-    """Solve starts whose neurons are in order, `count` of them at each place, into `answer`."""
+    """Solve starts into `answer`.
+
+    Args:
+        given: the bias, `[starts, 1]`; joint weights, places in order and numbers of neurons of
+            the groups, `[starts, groups]`; ε, `[starts]`.
+    """
     from tts_jax.problems._banded_program import NUMBERS, SIZES
 
+    bias, weights, places, count, epsilon = given
     starts, m = places.shape
     threads = min(threads, starts)
     if lanes is None:
-        lanes = 4 if starts <= FEW * threads else 8
+        lanes = 4 if starts <= FEW * threads or m > MANY else 8
     entries = _entries(lanes)[1]
     times, rows, reduced = tau.size, 2 * m + 1, not np.any(epsilon)
     start = np.empty((starts, rows))

@@ -17,6 +17,7 @@ then (W + r)³ falls at the constant rate 3 w² W².
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -285,7 +286,7 @@ def _block(
     lane, records = advance(line, real, tau, room, numeric)
     # each stage is computed once, whatever reads it
     count = jnp.min(lane.recorded)
-    s, pairs = apart(jax.vmap(lambda *of: _closed(*of, numeric)), count, lane, line, real)
+    s, pairs = apart(jax.vmap(partial(_closed, numeric=numeric)), count, lane, line, real)
     late = jax.vmap(lambda time: jnp.maximum(tau - time, 0.0))(lane.time)
     ends = apart(jax.vmap(_ends), count, pairs, real, late)
     entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
