@@ -264,7 +264,7 @@ def solve(
     if engine == "diffrax":
         return solve_lanes(problem, solve_lane, state, epsilon, problem, run)
     batch = Batch(problem, state, epsilon)
-    given = batch.state, batch.epsilon, run.tau
+    given: Any = (batch.state, batch.epsilon, run.tau)
     if engine == "simd":
         given = jax.tree.map(np.asarray, given)
     answer = problem.solve_flow(

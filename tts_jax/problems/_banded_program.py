@@ -33,6 +33,7 @@ from tts_jax.problems import _step
 
 
 STAGES = len(A)
+ITERATIONS = 12  # for the ends of the spectrum of the Gram matrix
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
 FARTHEST = 8.0  # a step in which a neuron moves by more widths is tried again with a smaller size
 
@@ -94,7 +95,7 @@ SHARED = (
     *("numbers", "sizes", "queue", "tau"),
     *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
     *("start_state", "start_order", "start_share", "start_epsilon"),
-    *("record_state", "record_order", "loss", "fast", "slow"),
+    *("record_state", "record_order", "loss", "fast", "slow", "condition"),
     *("status", "step_count", "accept_count", "bandwidth", "record_count", "reached", "which"),
 )
 SLOTS = {name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))}
@@ -225,6 +226,7 @@ class Program:
         self.solve = self._solve()
         self.project = self._project()
         self.band = self._band()
+        self.condition = self._condition()
         self.attempt = self._attempt()
         self.densify = self._densify()
         self.record = self._record()
@@ -838,6 +840,66 @@ class Program:
         w.give(bound.get())
         return w
 
+    def _condition(self) -> Writer:
+        """condition(table, K): the condition number of the Gram matrix, into right[0], after
+        `project`.
+
+        The smallest eigenvalue is that of inverse iteration, with G⁻¹ = 2C⁻¹ (∂²L/∂F²)⁻¹ C⁻ᵀ where
+        F = Ca; the largest one is taken at η → 0, where G_ij = 1 − max(u_i, u_j).
+        """
+        w, scope = self._function("condition", (WHOLE,))
+        m, bound = scope.m, w.index(w.arguments[1])
+        x, right, place = scope.array("stage"), scope.array("right"), scope.array("place")
+        inverse, largest = w.variable(w.real(0.0)), w.variable(w.real(0.0))
+
+        def scale() -> None:
+            squares = w.variable(w.real(1e-300))
+            with w.range(0, m + 1) as k:
+                squares.set(squares.get() + x[k] * x[k])
+            factor = 1.0 / w.sqrt(squares.get())
+            with w.range(0, m + 1) as k:
+                x[k] = x[k] * factor
+
+        # the closest neurons want opposite weights
+        sign = w.variable(w.real(1.0))
+        with w.range(0, m + 1) as k:
+            x[k] = sign.get()
+            sign.set(-sign.get())
+        with w.range(0, ITERATIONS):
+            scale()
+            x[m + 1] = 0.0
+            with w.range(0, m + 1) as k:
+                right[k * 2] = x[k] - x[k + 1]
+            with w.range(1, scope.rows, 2) as row:
+                right[row] = 0.0
+            w.call(self.solve, w.arguments[0], right.base, bound)
+            before, product = w.variable(w.real(0.0)), w.variable(w.real(0.0))
+            with w.range(0, m + 1) as k:
+                moved = (right[k * 2] - before.get()) * 2.0
+                before.set(right[k * 2])
+                product.set(product.get() + moved * x[k])
+                x[k] = moved
+            inverse.set(product.get())
+        with w.range(0, m + 1) as k:
+            x[k] = 1.0
+        with w.range(0, ITERATIONS):
+            scale()
+            # Σ_j (1 − max(u_i, u_j)) x_j: from the right, then the left
+            tail, product = w.variable(w.real(0.0)), w.variable(w.real(0.0))
+            with w.range(m, -1, -1) as k:
+                right[k] = tail.get()
+                tail.set(tail.get() + (1.0 - place[k]) * x[k])
+            head = w.variable(w.real(0.0))
+            with w.range(0, m + 1) as k:
+                head.set(head.get() + x[k])
+                moved = right[k] + (1.0 - place[k]) * head.get()
+                product.set(product.get() + moved * x[k])
+                x[k] = moved
+            largest.set(product.get())
+        right[0] = largest.get() * inverse.get()
+        w.give()
+        return w
+
     @staticmethod
     def _odd(w: Writer, value: Index) -> Mask:
         one = ir.Constant(WHOLE, 1)
@@ -1261,6 +1323,10 @@ class Program:
             with w.when(scope.size("reduced") > 0):
                 settled = w.call(self.project, w.arguments[0], state.base, bound.get())
                 bound.set(w.index(settled))
+                w.call(self.condition, w.arguments[0], bound.get())
+                with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
+                    which = scope.array("which")[group + each]
+                    scope.array("condition")[which] = self._get(scope, "right", 0, each)
             with w.repeat() as turn:
                 self._forget(w, scope)
                 narrow = self._gradient_of(w, state, right, bound.get())

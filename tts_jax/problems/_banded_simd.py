@@ -136,6 +136,9 @@ def solve(
         for name in set(part) - {"fast", "slow"}:
             answer[name][starts] = part[name]
     stats = {name: answer.pop(name) for name in ("steps", "accepted", "bandwidth", "reached")}
+    condition = answer.pop("condition")
+    if not np.any(epsilon):
+        stats["condition"] = np.where((sizes < m)[:, None] & (condition > 0), np.inf, condition)
     stats["rejected"] = stats["steps"] - stats["accepted"]
     stats["dense"] = answer["status"] == TOO_WIDE
     answer["status"] = answer["status"].astype(np.int32)
@@ -148,6 +151,7 @@ def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
         "fast": np.full((starts, times, neurons + 1), np.nan),
         "slow": np.full((starts, times, neurons), np.nan),
         "loss": np.full((starts, times), np.nan),
+        "condition": np.full((starts, times), np.nan),
         "status": np.full(starts, int(Status.SOLVER_FAILED), np.int64),
         "steps": np.zeros(starts, np.int64),
         "accepted": np.zeros(starts, np.int64),
@@ -244,6 +248,7 @@ def _solve_chunk(
         "loss": answer["loss"],
         "fast": answer["fast"],
         "slow": answer["slow"],
+        "condition": answer["condition"],
         "status": answer["status"],
         "step_count": answer["steps"],
         "accept_count": answer["accepted"],
