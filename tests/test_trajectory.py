@@ -243,7 +243,7 @@ def test_summary_counts_lanes_and_says_what_to_do(runs):
     assert runs["limit"].summary().startswith("3 of 3 lanes: SUCCESS.")
     assert runs["sharp_limit"].summary().startswith("3 of 3 lanes: SUCCESS.")
     # a neuron on a jump that pushes it off equally to both sides
-    target = tts.PiecewiseConstant([0.3, 0.5, 0.7], [0.0, 4.0, 3.0, 7.0])
+    target = tts.PiecewiseConstant([0.25, 0.5, 0.75], [0.0, 4.0, 3.0, 7.0])
     tie = tts.Univariate(target, neurons=1)
     run = tts.sharp_limit(tie, tie.state(slow=[[0.4], [0.5], [0.6]]), tau=TAU)
     lines = run.summary().splitlines()

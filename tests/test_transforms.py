@@ -214,7 +214,7 @@ def test_a_failing_lane_leaves_the_others_bit_identical():
 def test_throw_raises_with_advice():
     with pytest.raises(RuntimeError, match="2 of 3 lanes: MAX_STEPS.*Raise `max_steps`"):
         explicit_flow(STARTS, epsilon=[0.3, 1e-5, 1e-5], max_steps=64, throw=True)
-    tie = tts.Univariate(tts.PiecewiseConstant([0.3, 0.5, 0.7], [0.0, 4.0, 3.0, 7.0]), neurons=1)
+    tie = tts.Univariate(tts.PiecewiseConstant([0.25, 0.5, 0.75], [0.0, 4.0, 3.0, 7.0]), neurons=1)
     with pytest.raises(RuntimeError, match="NOT_UNIQUE.*use `limit`"):
         tts.sharp_limit(tie, tie.state(slow=[0.5]), tau=TAU, throw=True)
 

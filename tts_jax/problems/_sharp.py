@@ -17,6 +17,7 @@ then (W + r)³ falls at the constant rate 3 w² W².
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tts_jax._trajectory import Event, Status
 from tts_jax.problems._sharp_events import (
+    BLOCK,
+    Ahead,
     Jumps,
     Lane,
     Line,
@@ -36,7 +39,6 @@ from tts_jax.problems._sharp_events import (
     apart,
     push,
     put,
-    start,
     structure,
 )
 
@@ -61,7 +63,7 @@ _PSI = _psi_coefficients()
 _PSI_QUARTER = float(np.sum(_PSI))
 _SCALE = 4.0 / np.sqrt(3.0)
 
-BLOCK = 32  # lanes that take their steps together
+PART = 1024  # lanes whose steps share their blocks
 
 
 def _psi(y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -225,8 +227,9 @@ def _pairs(position: Float[Array, " n"], s: Structure, jumps: Jumps) -> Pairs:
 
 
 def _ends(p: Pairs, jumps: Jumps, time: Float[Array, " T"]) -> tuple[Array, Array]:
-    """The ends `[T, K]` around each jump at the times `time` later, by the closed forms."""
-    scaled = p.rate * time[:, None]
+    """The ends `[K, T]` around each jump at the times `time` later, by the closed forms."""
+    p, place = jax.tree.map(lambda leaf: leaf[:, None], (p, jumps.place))
+    scaled = p.rate * time
     near, far = jnp.minimum(p.left, p.right), jnp.maximum(p.left, p.right)
     nearer, farther = pair_distances(near, far, scaled)
     fixed = jnp.where(p.wall_left, p.left, p.right)
@@ -234,7 +237,7 @@ def _ends(p: Pairs, jumps: Jumps, time: Float[Array, " T"]) -> tuple[Array, Arra
     left = jnp.where(p.near_left, nearer, farther)
     right = jnp.where(p.near_left, farther, nearer)
     left, right = jnp.where(p.pair, left, moved), jnp.where(p.pair, right, moved)
-    return jumps.place - left, jumps.place + right
+    return place - left, place + right
 
 
 def sharp_trajectories(
@@ -257,33 +260,49 @@ def sharp_trajectories(
     count = jumps.shape[0]
     if count == 0:  # nothing moves: as with a jump of no height
         jumps, values = jnp.full(1, 0.5), jnp.concatenate([values, values])
-    lanes = slow.shape[0]
-    if lanes <= BLOCK:
-        answer = _block(slow, tau, jumps, values, numeric)
-    else:
-        # lanes that need steps come together: a block takes as long as its slowest lane
-        order = jnp.argsort(~_needs_steps(slow, jumps, values, numeric), stable=True)
-        padded = order[np.arange(-(-lanes // BLOCK) * BLOCK) % lanes]
-        blocks = slow[padded].reshape(-1, BLOCK, slow.shape[1])
-        answer = lax.map(lambda block: _block(block, tau, jumps, values, numeric), blocks)
-        back = jnp.argsort(order)
-        answer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[back], answer)
+    room = capacity(jumps.shape[0])
+
+    def part(slow: Array) -> dict[str, Any]:
+        line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(
+            slow, jumps, jnp.diff(values)
+        )
+        ahead = advance(line, real, tau, room, numeric)
+        of = slow, line, real, layout, behind, ahead
+        return _by_blocks(
+            lambda of: _finish(*of, tau=tau, jumps=jumps, values=values, numeric=numeric), of, BLOCK
+        )
+
+    answer = _by_blocks(part, slow, PART)
     answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
     return answer
 
 
-def _needs_steps(slow: Array, jumps: Array, values: Array, numeric: bool) -> Bool[Array, " lanes"]:
-    line, real, _, _ = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
-    room = capacity(jumps.shape[0])
-    return jax.vmap(start, (0, 0, None, None))(line, real, room, numeric).active
+def _by_blocks(function: Callable[[Any], Any], lanes: Any, size: int) -> Any:
+    """`function` of blocks of at most `size` lanes, one after the other."""
+    count = jax.tree.leaves(lanes)[0].shape[0]
+    if count <= size:
+        return function(lanes)
+    blocks = -(-count // size)
+    index = np.arange(blocks * size) % count
+    cut = jax.tree.map(lambda leaf: leaf[index].reshape(blocks, size, *leaf.shape[1:]), lanes)
+    answer = lax.map(function, cut)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], answer)
 
 
-def _block(
-    slow: Float[Array, "lanes m"], tau: Array, jumps: Array, values: Array, numeric: bool
+def _finish(
+    slow: Float[Array, "lanes m"],
+    line: Line,
+    real: Jumps,
+    layout: Layout,
+    behind: Int[Array, "lanes K"],
+    ahead: Ahead,
+    tau: Array,
+    jumps: Array,
+    values: Array,
+    numeric: bool,
 ) -> dict[str, Any]:
-    room = capacity(jumps.shape[0])
-    line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(slow, jumps, jnp.diff(values))
-    lane, records = advance(line, real, tau, room, numeric)
+    """The answer of a block of lanes, from where their steps ended."""
+    lane, records = ahead
     # each stage is computed once, whatever reads it
     count = jnp.min(lane.recorded)
     s, pairs = apart(jax.vmap(partial(_closed, numeric=numeric)), count, lane, line, real)
@@ -291,7 +310,7 @@ def _block(
     ends = apart(jax.vmap(_ends), count, pairs, real, late)
     entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
     fast, loss = apart(
-        jax.vmap(jax.vmap(_fit, (0, None, None, None)), (0, 0, None, None)),
+        jax.vmap(_fit, (0, 0, None, None)),
         count,
         entries,
         layout,
@@ -302,11 +321,11 @@ def _block(
     ends_well = lane.status == int(Status.SUCCESS)
     index = jnp.arange(tau.shape[0])
     known = ends_well[:, None] | (index < lane.recorded[:, None]) | (tau <= lane.time[:, None])
-    positions = jax.vmap(lambda e, of: e[:, of.entry])(entries, layout)
-    positions = jnp.where(layout.outside[:, None], slow[:, None], positions)
+    positions = jax.vmap(lambda e, of: e[of.entry])(entries, layout)
+    positions = jnp.where(layout.outside[..., None], slow[..., None], positions)
     return answer | {
-        "fast": jnp.where(known[..., None], fast, jnp.nan),
-        "slow": jnp.where(known[..., None], positions, jnp.nan),
+        "fast": jnp.where(known[:, None], fast, jnp.nan).swapaxes(1, 2),
+        "slow": jnp.where(known[:, None], positions, jnp.nan).swapaxes(1, 2),
         "loss": jnp.where(known, loss, jnp.nan),
     }
 
@@ -329,13 +348,13 @@ def _closed(lane: Lane, line: Line, jumps: Jumps, numeric: bool) -> tuple[Struct
 
 
 def _entries(
-    lane: Lane, s: Structure, p: Pairs, ends: tuple[Array, Array], records: Float[Array, "T n"]
-) -> Float[Array, "T n"]:
+    lane: Lane, s: Structure, p: Pairs, ends: tuple[Array, Array], records: Float[Array, "n T"]
+) -> Float[Array, "n T"]:
     """The entries of one lane at the recorded times, from its steps and its closed forms."""
     moves = p.pair | (p.wall & ~p.wall_left), p.pair | (p.wall & p.wall_left)
     late = put(ends, moves, s, lane.position)
-    stepped = jnp.arange(records.shape[0]) < lane.recorded
-    return jnp.where(stepped[:, None], records, late)
+    stepped = jnp.arange(records.shape[1]) < lane.recorded
+    return jnp.where(stepped, records, late)
 
 
 def _events(
@@ -379,11 +398,11 @@ def _events(
 
 
 def _fit(
-    entries: Float[Array, " n"],
+    entries: Float[Array, "n T"],
     layout: Layout,
     jumps: Float[Array, " jumps"],
     values: Float[Array, " pieces"],
-) -> tuple[Float[Array, " m1"], Float[Array, ""]]:
+) -> tuple[Float[Array, "m1 T"], Float[Array, " T"]]:
     """Weights of the fit that is the mean of f* between entries, and its loss.
 
     Neurons at the same place share a step evenly, which is the least norm. The bias is a step at
@@ -402,19 +421,20 @@ def _fit(
     offset = area / jnp.where(valid, length, 1.0)
     loss = jnp.zeros_like(low)
     for k in range(jumps.shape[0] + 1):
-        start = jnp.maximum(low, jumps[k - 1]) if k else low
-        end = jnp.minimum(high, jumps[k]) if k < jumps.shape[0] else high
-        loss += jnp.maximum(end - start, 0.0) * ((values[k] - base) - offset) ** 2
+        from_ = jnp.maximum(low, jumps[k - 1]) if k else low
+        to = jnp.minimum(high, jumps[k]) if k < jumps.shape[0] else high
+        loss += jnp.maximum(to - from_, 0.0) * ((values[k] - base) - offset) ** 2
     level = base + offset
     # inside (0, 1) at most two entries share a place, and the plateau between them has no length
-    left = jnp.where(valid, level, jnp.roll(level, 1))[:-1]
-    right = jnp.where(valid, level, jnp.roll(level, -1))[1:]
-    size = layout.size
+    left = jnp.where(valid, level, jnp.roll(level, 1, axis=0))[:-1]
+    right = jnp.where(valid, level, jnp.roll(level, -1, axis=0))[1:]
+    size = layout.size[:, None]
     sharing = size[1:-1] + jnp.where(valid[:-1], 0.0, size[:-2])
     sharing += jnp.where(valid[1:], 0.0, size[2:])
     inner = (right - left) / jnp.maximum(sharing, 1.0)
-    share = jnp.concatenate([jnp.zeros(1), inner, jnp.zeros(1)])
+    share = jnp.pad(inner, ((1, 1), (0, 0)))
     at_start = entries <= 0.0
-    bias = level[jnp.argmax(valid)] / (1.0 + jnp.sum(jnp.where(at_start, size, 0.0)))
+    first = jnp.take_along_axis(level, jnp.argmax(valid, axis=0)[None], axis=0)
+    bias = first / (1.0 + jnp.sum(jnp.where(at_start, size, 0.0), axis=0))
     share = jnp.where(at_start, bias, jnp.where(entries >= 1.0, 0.0, share))
-    return jnp.concatenate([bias[None], share[layout.entry]]), jnp.sum(loss)
+    return jnp.concatenate([bias, share[layout.entry]]), jnp.sum(loss, axis=0)

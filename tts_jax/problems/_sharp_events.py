@@ -30,7 +30,8 @@ from tts_jax._trajectory import Event, Status
 ORDER = 16  # of the Taylor steps
 TOLERANCE = 1e-17  # of the last Taylor terms of a position
 WINDOW = 32  # recorded times that one step may cover
-MAX_STEPS = 5_000
+ROUNDS = 3, 4, 8, 16, 5_000  # steps of all lanes together in each round
+BLOCK = 32  # lanes that step together
 TOUCHING = 1e-14  # a shorter interval around one jump has collapsed: both its ends are on it
 
 
@@ -437,19 +438,21 @@ def push(log: Log, when: Array, time: Array, entry: Array, jump: Array, kind: Ar
 
 
 def put(
-    ends: tuple[Float[Array, "... K"], Float[Array, "... K"]],
+    ends: tuple[Float[Array, "K ..."], Float[Array, "K ..."]],
     moves: tuple[Bool[Array, " K"], Bool[Array, " K"]],
     s: Structure,
     position: Float[Array, " n"],
-) -> Float[Array, "... n"]:
+) -> Float[Array, "n ..."]:
     """`position` with the ends of intervals where they have moved to, by gathering."""
     entries, count = jnp.arange(position.shape[0]), s.left.shape[0]
     index = jnp.arange(count)
     left = jnp.max(jnp.where((s.left == entries[:, None]) & moves[0], index, -1), axis=1)
     right = jnp.max(jnp.where((s.right == entries[:, None]) & moves[1], index, -1), axis=1)
-    moved = jnp.concatenate(ends, axis=-1)
-    slot = jnp.where(left >= 0, left, count + right)
-    return jnp.where((left >= 0) | (right >= 0), moved[..., jnp.maximum(slot, 0)], position)
+    slot = jnp.maximum(jnp.where(left >= 0, left, count + right), 0)
+    moved = jnp.concatenate(ends)[slot]
+    still = (-1, *(1,) * (moved.ndim - 1))
+    there = (left >= 0) | (right >= 0)
+    return jnp.where(there.reshape(still), moved, position.reshape(still))
 
 
 def start(line: Line, jumps: Jumps, room: int, everything: bool) -> Lane:
@@ -543,7 +546,7 @@ def step(
     jumps: Jumps,
     tau: Float[Array, " T_padded"],
     everything: bool,
-) -> tuple[Lane, Float[Array, "W n"]]:
+) -> tuple[Lane, Float[Array, "n W"]]:
     """One Taylor step of one lane, up to the next event at most; and what it records."""
     count = jumps.place.shape[0]
     s, mis, series, polynomials, reach = outlook
@@ -575,7 +578,8 @@ def step(
 
     # record, then move
     def at(x: Array) -> Array:
-        ends = _horner(series.left, x[..., None]), _horner(series.right, x[..., None])
+        several = (..., *(None,) * x.ndim)
+        ends = _horner(series.left[several], x), _horner(series.right[several], x)
         return put(ends, (s.inside, s.inside), s, lane.position)
 
     time = lane.time + x * series.scale
@@ -677,49 +681,72 @@ def apart(function: Callable[..., Any], count: Array, *args: Any) -> Any:
     return value(count, args)
 
 
+class Ahead(NamedTuple):
+    """Lanes as they are when their steps end, `[lanes, ...]`, and their positions before that.
+
+    Records of later times are arbitrary.
+    """
+
+    lane: Lane
+    records: Float[Array, "lanes n T"]
+
+
 def run(
     line: Line,
     jumps: Jumps,
     tau: Float[Array, " T"],
     room: int,
     everything: bool,
-) -> tuple[Lane, Float[Array, "lanes T n"]]:
+) -> Ahead:
     """All lanes, leaves `[lanes, ...]`, until every one has a closed form, rests or fails.
 
-    Returns:
-        The lanes as they then are, and their positions at the recorded times before that; later
-        entries are arbitrary.
+    Lanes step in blocks, and a block takes as long as its slowest lane. So it stops after some
+    steps, and those lanes that are not done fill fewer blocks for the next, longer round.
     """
     lanes, entries = line.position.shape
+    size = min(lanes, BLOCK)
+    blocks = -(-lanes // size)
     padded = jnp.concatenate([tau, jnp.full(WINDOW + 1, jnp.inf)])
+    # idle lanes of the last block repeat the first ones
+    line, jumps = jax.tree.map(lambda leaf: leaf[np.arange(blocks * size) % lanes], (line, jumps))
     lane = jax.vmap(start, (0, 0, None, None))(line, jumps, room, everything)
-    records = jnp.zeros((lanes, tau.shape[0] + WINDOW, entries))
+    records = jnp.zeros((blocks * size, entries, tau.shape[0] + WINDOW))
 
-    def go_on(carry: tuple[Array, Lane, Array]) -> Array:
-        return jnp.any(carry[1].active) & (carry[0] < MAX_STEPS)
+    def block(limit: Array, of: tuple[Lane, Line, Jumps, Array]) -> tuple[Lane, Array]:
+        def go_on(carry: tuple[Array, Lane, Array]) -> Array:
+            return jnp.any(carry[1].active) & (carry[0] < limit)
 
-    def body(carry: tuple[Array, Lane, Array]) -> tuple[Array, Lane, Array]:
-        count, lane, records = carry
-        outlook = look(count, lane, line.mobility, jumps)
-        new, window = jax.vmap(step, (0, _OUTLOOK_AXES, 0, 0, None, None))(
-            lane, outlook, line.mobility, jumps, padded, everything
-        )
-        # what stands behind the recorded times that are done is written over later
-        records = jax.vmap(lambda r, w, i: lax.dynamic_update_slice(r, w, (i, jnp.zeros_like(i))))(
-            records, window, lane.recorded
-        )
-        return count + 1, new, records
+        def body(carry: tuple[Array, Lane, Array]) -> tuple[Array, Lane, Array]:
+            count, lane, records = carry
+            outlook = look(count, lane, line.mobility, jumps)
+            new, window = jax.vmap(step, (0, _OUTLOOK_AXES, 0, 0, None, None))(
+                lane, outlook, line.mobility, jumps, padded, everything
+            )
+            # what stands behind the recorded times that are done is written over later
+            records = jax.vmap(lambda r, w, i: lax.dynamic_update_slice(r, w, (0 * i, i)))(
+                records, window, lane.recorded
+            )
+            return count + 1, new, records
 
-    _, lane, records = lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), lane, records))
+        lane, line, jumps, records = of
+        return lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), lane, records))[1:]
+
+    def one_round(carry: tuple[Array, Any], limit: Array) -> tuple[tuple[Array, Any], None]:
+        where, everyone = carry
+        order = jnp.argsort(~everyone[0].active, stable=True)
+        everyone = jax.tree.map(lambda leaf: leaf[order], everyone)
+        cut = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), everyone)
+        cut = lax.map(lambda of: block(limit, of), cut)
+        lane, records = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cut)
+        return (where[order], (lane, *everyone[1:3], records)), None
+
+    carry = jnp.arange(blocks * size), (lane, line, jumps, records)
+    limits = ROUNDS if blocks > 1 else ROUNDS[-1:]
+    (where, everyone), _ = lax.scan(one_round, carry, jnp.asarray(limits, jnp.int32))
+    back = jnp.argsort(where)[:lanes]
+    lane, records = jax.tree.map(lambda leaf: leaf[back], (everyone[0], everyone[3]))
     status = jnp.where(lane.active, int(Status.SOLVER_FAILED), lane.status)
-    return lane._replace(status=status.astype(jnp.int32)), records[:, : tau.shape[0]]
-
-
-class Ahead(NamedTuple):
-    """What `advance` returns, leaves `[lanes, ...]`."""
-
-    lane: Lane
-    records: Float[Array, "lanes T n"]
+    return Ahead(lane._replace(status=status.astype(jnp.int32)), records[..., : tau.shape[0]])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -731,7 +758,7 @@ def advance(
     A lane has few inputs, so its derivative is the whole Jacobian, in forward mode: the Taylor
     steps and the events are differentiable functions of their start.
     """
-    return Ahead(*run(line, jumps, tau, room, everything))
+    return run(line, jumps, tau, room, everything)
 
 
 @advance.defjvp
@@ -740,34 +767,41 @@ def _advance_jvp(room: int, everything: bool, primals: Any, tangents: Any) -> tu
     line_dot, jumps_dot, tau_dot = tangents
     lanes, entries = line.position.shape
     count = jumps.place.shape[1]
-
-    def floats(position: Array, place: Array, height: Array, tau: Array) -> Any:
-        lane, records = run(
-            line._replace(position=position),
-            jumps._replace(place=place, height=height),
-            tau,
-            room,
-            everything,
-        )
-        return (lane.time, lane.position, lane.log.time), records
-
-    start = line.position, jumps.place, jumps.height, tau
+    size = min(lanes, BLOCK)
     basis = jnp.eye(entries + 2 * count + 1)
 
-    def along(direction: Array) -> Any:
-        parts = jnp.split(direction, [entries, entries + count, entries + 2 * count])
-        parts = [jnp.broadcast_to(part, (lanes, part.shape[0])) for part in parts[:3]]
-        # each record depends on its own time only, so that one direction serves all
-        return jax.jvp(floats, start, (*parts, jnp.full_like(tau, direction[-1])))[1]
+    def block(of: tuple[Line, Jumps, Array]) -> Any:
+        line, jumps, move = of
 
-    states, records = jax.vmap(along)(basis)
+        def floats(position: Array, place: Array, height: Array, tau: Array) -> Any:
+            moved = jumps._replace(place=place, height=height)
+            lane, records = run(line._replace(position=position), moved, tau, room, everything)
+            return (lane.time, lane.position, lane.log.time), records
+
+        def along(direction: Array) -> Any:
+            parts = jnp.split(direction, [entries, entries + count, entries + 2 * count])
+            parts = [jnp.broadcast_to(part, (size, part.shape[0])) for part in parts[:3]]
+            # each record depends on its own time only, so that one direction serves all
+            at = line.position, jumps.place, jumps.height, tau
+            return jax.jvp(floats, at, (*parts, jnp.full_like(tau, direction[-1])))[1]
+
+        def apply(jacobian: Array) -> Array:
+            return jnp.einsum("dl...,ld->l...", jacobian[:-1], move)
+
+        states, records = jax.vmap(along)(basis)
+        return (*map(apply, states), apply(records) + records[-1] * tau_dot)
+
     move = jnp.concatenate([line_dot.position, jumps_dot.place, jumps_dot.height], axis=1)
-
-    def apply(jacobian: Array) -> Array:
-        return jnp.einsum("dl...,ld->l...", jacobian[:-1], move)
-
-    time, position, log_time = map(apply, states)
-    moved = apply(records) + records[-1] * tau_dot[:, None]
+    blocks = -(-lanes // size)
+    cut = jax.tree.map(
+        lambda leaf: leaf[np.arange(blocks * size) % lanes].reshape(blocks, size, *leaf.shape[1:]),
+        (line, jumps, move),
+    )
+    dots = block(jax.tree.map(lambda leaf: leaf[0], cut)) if blocks == 1 else None
+    if dots is None:
+        dots = lax.map(block, cut)
+        dots = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:lanes], dots)
+    time, position, log_time, moved = dots
     value = advance(line, jumps, tau, room, everything)
     still = jax.tree.map(_no_tangent, value)
     log = still.lane.log._replace(time=log_time)
