@@ -11,6 +11,7 @@ positions. Printed besides: how the lanes ended, the events, and how many starts
 """
 
 import argparse
+import importlib
 import platform
 import sys
 import time
@@ -34,15 +35,16 @@ def processor():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--starts", type=int, default=10_000)
     parser.add_argument("--check", type=int, default=100, help="starts compared with SciPy")
     arguments = parser.parse_args()
     _compat.configure_cpu()
     import jax
-    import sharp_reference
 
     import tts_jax as tts
+
+    reference = importlib.import_module("sharp_reference")
 
     jumps, values = np.linspace(0.2, 0.8, 5), np.array([1.0, 5, 1, 3, 1, 5])
     problem = tts.Univariate(tts.PiecewiseConstant(jumps, values), neurons=20)
@@ -63,7 +65,7 @@ def main():
         count = min(arguments.check, arguments.starts)
         error = 0.0
         for lane in range(count):
-            expected, _ = sharp_reference.simulate(slow[lane], jumps, values, tau)
+            expected, _ = reference.simulate(slow[lane], jumps, values, tau)
             error = max(error, np.max(np.abs(expected - run.slow[lane])))
         happened = np.isfinite(run.events["time"])
         print(

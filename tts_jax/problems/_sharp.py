@@ -18,7 +18,6 @@ then (W + r)³ falls at the constant rate 3 w² W².
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -267,10 +266,12 @@ def sharp_trajectories(
             slow, jumps, jnp.diff(values)
         )
         ahead = advance(line, real, tau, room, numeric)
-        of = slow, line, real, layout, behind, ahead
-        return _by_blocks(
-            lambda of: _finish(*of, tau=tau, jumps=jumps, values=values, numeric=numeric), of, BLOCK
-        )
+
+        def finish(of: Any) -> dict[str, Any]:
+            slow, line, real, layout, behind, ahead = of
+            return _finish(slow, line, real, layout, behind, ahead, tau, jumps, values, numeric)
+
+        return _by_blocks(finish, (slow, line, real, layout, behind, ahead), BLOCK)
 
     answer = _by_blocks(part, slow, PART)
     answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
@@ -305,7 +306,11 @@ def _finish(
     lane, records = ahead
     # each stage is computed once, whatever reads it
     count = jnp.min(lane.recorded)
-    s, pairs = apart(jax.vmap(partial(_closed, numeric=numeric)), count, lane, line, real)
+
+    def closed(lane: Lane, line: Line, real: Jumps) -> tuple[Structure, Pairs]:
+        return _closed(lane, line, real, numeric)
+
+    s, pairs = apart(jax.vmap(closed), count, lane, line, real)
     late = jax.vmap(lambda time: jnp.maximum(tau - time, 0.0))(lane.time)
     ends = apart(jax.vmap(_ends), count, pairs, real, late)
     entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
