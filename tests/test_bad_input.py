@@ -132,7 +132,8 @@ REFUSED = {
     # solver settings
     "unknown solver": (flow(solver="euler"), "solver", "got 'euler'", "'rodas5p', 'kvaerno5'"),
     "solver class": (flow(solver=diffrax.Tsit5), "solver", "Tsit5", "Or pass a Diffrax solver"),
-    "unknown limit solver": (limit(solver="auto"), "solver", "got 'auto'", "'rodas5p', 'tsit5'"),
+    "unknown limit solver": (limit(solver="fast"), "solver", "got 'fast'", "'rodas5p', 'tsit5'"),
+    "unknown engine": (flow(engine="fast"), "engine", "got 'fast'", "Or leave it out"),
     "negative rtol": (flow(rtol=-1e-3), "rtol", "got -0.001", "Use for example 1e-7"),
     "several rtol": (flow(rtol=[1e-3, 1e-4]), "rtol", "[0.001  0.0001]", "Use for example"),
     "zero atol": (limit(atol=0.0), "atol", "got 0.0", "Use for example 1e-7"),

@@ -240,7 +240,9 @@ def random_starts(seed):
     return starts
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_random_starts_against_scipy(seed):
     """Pieces with no, one and several neurons; passes and departures among the events."""
     starts = random_starts(seed)
@@ -311,7 +313,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # every case compiles anew
+        pytest.param(name, marks=[pytest.mark.slow] if place > 2 else [])
+        for place, name in enumerate(CASES)
+    ],
+)
 def test_the_limit_at_finite_width_tends_to_it(name):
     """At first order in η, through every event."""
     slow, jumps, values = CASES[name]
