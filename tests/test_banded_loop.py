@@ -71,6 +71,7 @@ def test_flow_of_hostile_starts():
     np.testing.assert_array_equal(stats["steps"], stats["accepted"] + stats["rejected"])
 
 
+@pytest.mark.slow  # compiles for a minute
 def test_limit():
     state = starts(FOR_LIMIT)
     expected = tts.limit(PROBLEM, state, tau=TAU, rtol=1e-10, atol=1e-10)
@@ -78,6 +79,7 @@ def test_limit():
     agree(solve(state, 0.0), expected, fast=1e-6, slow=1e-8)
 
 
+@pytest.mark.slow
 def test_a_lane_alone_and_in_company():
     state = starts(POSITIONS)
     together = solve(state, EPSILON)
@@ -88,6 +90,7 @@ def test_a_lane_alone_and_in_company():
             np.testing.assert_allclose(alone[name][0], together[name][lane], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_failure_keeps_what_was_computed():
     state = starts(POSITIONS[:2])
     whole = solve(state, EPSILON)
@@ -101,6 +104,7 @@ def test_a_failure_keeps_what_was_computed():
         assert np.all(np.isnan(cut[name][0][~before]))
 
 
+@pytest.mark.slow
 def test_under_jit():
     state = starts(POSITIONS)
     traced = jax.jit(lambda state: solve(state, EPSILON))(state)

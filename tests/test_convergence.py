@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_hits_are_counted():
             "flow": ("start", [True, False, False, True, False]),
             "limit": ("start", [True, True, False, False, False]),
             "hitting_time": (("start", "jump"), [[0.1], [0.2], [np.inf], [2.0], [np.nan]]),
-            "sharp_status": ("start", [0, 0, 0, 0, int(tts.Status.NOT_COVERED)]),
+            "sharp_status": ("start", [0, 0, 0, 0, int(tts.Status.NOT_UNIQUE)]),
         },
         attrs=study._dataset(dataclasses.replace(TINY, tau_end=1.0), {}, {}).attrs,
     )
@@ -213,11 +214,17 @@ def test_the_number_of_seeds_scales_the_rest():
         study.settings_of("huge")
 
 
-def test_too_few_covered_starts_are_refused():
-    # three pieces and two neurons: no piece can hold two
-    settings = dataclasses.replace(TINY, neurons=2, widths=(1e-3,))
+def test_too_few_covered_starts_are_refused(monkeypatch):
+    whole = tts.sharp_limit
+
+    def tied(*args, **options):
+        answer = whole(*args, **options)
+        status = np.full(np.shape(answer.status), int(tts.Status.NOT_UNIQUE))
+        return eqx.tree_at(lambda trajectory: trajectory.status, answer, status)
+
+    monkeypatch.setattr(tts, "sharp_limit", tied)
     with pytest.raises(RuntimeError, match="Choose fewer starts"):
-        study.small_width(settings)
+        study.small_width(dataclasses.replace(TINY, widths=(1e-3,)))
 
 
 def test_drawing_takes_whatever_parts_there_are(data):

@@ -159,9 +159,9 @@ def test_derivatives_on_the_papers_problem(observed):
 @pytest.mark.parametrize(
     ("epsilon", "mode"),
     [
-        (0.02, "reverse"),
+        pytest.param(0.02, "reverse", marks=pytest.mark.slow),
         (0.02, "forward"),
-        (None, "forward"),
+        pytest.param(None, "forward", marks=pytest.mark.slow),
         pytest.param(None, "reverse", marks=pytest.mark.slow),
     ],
 )

@@ -80,6 +80,7 @@ def test_a_drift_hits_when_it_must(epsilon):
     assert_allclose(drift_times(epsilon=epsilon, refinements=1), EXACT, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [None, 0.02])
 def test_times_of_a_linear_problem_are_those_of_the_matrix_exponential(epsilon):
     problem = decay()
@@ -121,6 +122,7 @@ def test_a_neuron_is_at_the_radius_then_and_not_before(problem, starts):
 # --- batches and transformations ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_epsilons_and_maps_give_the_single_times():
     slow = np.random.default_rng(0).uniform(0.0, 0.4, (19, 2))
     starts = tts.State(jnp.ones(19), jnp.asarray(slow))
@@ -137,6 +139,7 @@ def test_batches_epsilons_and_maps_give_the_single_times():
     assert_allclose(jax.jit(drift_times)(starts), exact, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_problems_are_mapped_over():
     radii = np.array([0.01, 0.05])
     times = jax.vmap(lambda r: drift_times(problem=Drift(jnp.asarray(GOALS), r)))(radii)
