@@ -350,25 +350,16 @@ def test_events_are_named():
     assert held["stats"]["hitting_time"][1] == 0.0
 
 
-def test_both_flanks_reach_a_jump_together():
-    """Alone by the closed form, T = 4 D/w²; between two more jumps as a collapsing interval."""
-    alone, mirror = sharp(
-        [
-            ([0.25, 0.75], [0.5], [0.0, 2.0]),
-            ([0.125, 0.375, 0.625, 0.875], [0.25, 0.5, 0.75], [0.0, 0.25, 4.25, 4.5]),
-        ]
-    )
-    assert listed(alone) == [(0.25, 0, 0, "HIT"), (0.25, 1, 0, "HIT")]
-    np.testing.assert_array_equal(alone["slow"][-1, :2], 0.5)
-    # the outer jumps pull both off again, equally
-    assert [event[1:] for event in listed(mirror)] == []
-    assert mirror["status"] == tts.Status.NOT_UNIQUE
-    known = np.isfinite(mirror["loss"])
-    assert 1 < np.sum(known) < len(TAU)
-    positions = mirror["slow"][known]
-    np.testing.assert_array_equal(positions[:, 0] + positions[:, 3], 1.0)
-    np.testing.assert_array_equal(positions[:, 1] + positions[:, 2], 1.0)
-    assert abs(positions[-1, 2] - positions[-1, 1]) < positions[0, 2] - positions[0, 1]
+@pytest.mark.parametrize("numeric", [False, True])
+def test_both_flanks_reach_a_jump_together(numeric):
+    """T = 4 D/w², by the closed form and as an interval that collapses under the steps."""
+    (answer,) = sharp([([0.625, 0.875], [0.75], [0.0, 2.0])], numeric)
+    assert [event[1:] for event in listed(answer)] == [(0, 0, "HIT"), (1, 0, "HIT")]
+    times = [event[0] for event in listed(answer)]
+    np.testing.assert_allclose(times, 4 * 0.125 / 4, rtol=1e-14)
+    np.testing.assert_array_equal(answer["slow"][-1, :2], 0.75)
+    assert answer["loss"][-1] == 0.0
+    assert answer["status"] == tts.Status.SUCCESS
 
 
 def test_a_tie_is_reported_and_what_was_known_is_kept():

@@ -618,9 +618,12 @@ def step(
     )
 
     # an interval that has collapsed: both ends are on its jump, and two events happen at once
-    j = jnp.argmax(touching)
+    closes = s.single[k] & (s.mobility_left[k] > 0) & (s.mobility_right[k] > 0)
+    width = _horner(series.right[:, k] - series.left[:, k], x)
+    closes &= hits & (width <= TOUCHING)
+    j = jnp.where(touches, jnp.argmax(touching), k)
     both = jnp.stack([s.left[j], s.right[j]])
-    touches &= active
+    touches = (touches & active) | closes
     collapsed = touches & jnp.any(jnp.arange(place.shape[0])[:, None] == both, axis=1)
     place = jnp.where(collapsed, (2 * j + 1).astype(place.dtype), place)
     position = jnp.where(collapsed, jumps.place[j], position)
