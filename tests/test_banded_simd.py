@@ -56,6 +56,26 @@ def test_flow_against_diffrax(target, name, epsilon):
         np.testing.assert_allclose(one, two, atol=2e-6)
 
 
+@pytest.mark.parametrize("places", [[0.42], [0.42, 0.77], [0.3, 0.3, 0.3], [0.1999, 0.2001]])
+def test_one_and_two_neurons(target, places):
+    """Also three that coincide, which are one for the engine."""
+    problem = tts.Univariate(target, neurons=len(places), eta=ETA)
+    state = problem.state(slow=places)
+    setting = dict(tau=TAU, rtol=1e-9, atol=1e-9)
+    for ours, expected in (
+        [
+            tts.flow(problem, state, epsilon=1e-3, engine=engine, **setting)
+            for engine in ("simd", "diffrax")
+        ],
+        [tts.limit(problem, state, engine=engine, **setting) for engine in ("simd", "diffrax")],
+    ):
+        assert ours.success
+        if len(set(places)) == len(places):  # the Gram matrix is regular
+            assert expected.success
+            np.testing.assert_allclose(ours.slow, expected.slow, atol=2e-8)
+            np.testing.assert_allclose(ours.loss, expected.loss, atol=2e-8)
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_limit_against_diffrax(target, name):
     """Up to the time when neurons have met: then the weights are not determined any more."""

@@ -212,7 +212,8 @@ def _solve_chunk(
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,
     }
-    widest = min(m, WIDEST)
+    # a band of this many neighbours or more is refused, and none is narrower than 1
+    widest = min(max(m, 2), WIDEST)
     sizes = {
         "neurons": m,
         "jumps": jumps.size,
