@@ -15,6 +15,7 @@ from tts_jax import _checks
 from tts_jax._integrate import (
     EngineName,
     Run,
+    as_double,
     check_start,
     choose_engine,
     lane_answer,
@@ -96,8 +97,7 @@ def flow(
     _checks.positive("epsilon", epsilon, remedy)
     _checks.increasing_times(tau)
     check_start(problem, state)
-    epsilon = jnp.asarray(epsilon, jnp.float64)
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    state, epsilon = jax.tree.map(as_double, (state, epsilon))
     engine = choose_engine(
         engine,
         problem,
@@ -110,7 +110,6 @@ def flow(
         # by Diffrax too where the engine does not reach
         solver, solver_name = _choose_solver("rodas5p", problem, state, epsilon, tau)
     run = Run(
-        problem,
         tau,
         solver,
         rtol=rtol,
@@ -126,7 +125,9 @@ def flow(
         tau=run.tau,
         batch_dims=names,
         settings={
-            "epsilon": jnp.broadcast_to(epsilon, answer["status"].shape if epsilon.ndim else ()),
+            "epsilon": jnp.broadcast_to(epsilon, answer["status"].shape)
+            if epsilon.ndim
+            else epsilon,
             "rtol": rtol,
             "atol": atol,
         },
@@ -195,5 +196,5 @@ def _fastest_rate(problem: AbstractProblem, state: State, epsilon: Array) -> Arr
 
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
-    solution = run.solve(_slow_time_field, start, (problem, epsilon))
+    solution = run.solve(problem, _slow_time_field, start, (problem, epsilon))
     return lane_answer(problem, solution, *cast(list[State], solution.ys)[0])

@@ -4,6 +4,7 @@ A lane is one start with one ε. `Run` says how a lane is integrated, `solve_lan
 them, and `lane_answer` turns a Diffrax solution into states, losses, a status and step counts.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -18,6 +19,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from tts_jax import _checks, _compat, _simd
 from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._trajectory import Status
+
+
+def as_double(value: ArrayLike) -> Array:
+    """`value` in float64, by NumPy where it is concrete: much faster for single solves."""
+    if isinstance(value, jax.core.Tracer):
+        return value.astype(jnp.float64)
+    return cast(Array, np.asarray(value, np.float64))
 
 
 class ErrorNorm(eqx.Module):
@@ -40,18 +48,18 @@ class ErrorNorm(eqx.Module):
 
 
 class Run(eqx.Module):
-    """How to integrate one lane with Diffrax: shared by `flow` and `limit`."""
+    """How to integrate one lane: shared by `flow` and `limit`."""
 
     tau: Float[Array, " T"]
     solver: diffrax.AbstractSolver
-    controller: diffrax.PIDController
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
     max_steps: int = eqx.field(static=True)
-    adjoint: diffrax.AbstractAdjoint
-    progress_meter: diffrax.AbstractProgressMeter
+    adjoint: diffrax.AbstractAdjoint | None
+    progress_meter: diffrax.AbstractProgressMeter | None
 
     def __init__(
         self,
-        problem: AbstractProblem,
         tau: Float[ArrayLike, " T"],
         solver: diffrax.AbstractSolver,
         *,
@@ -64,30 +72,27 @@ class Run(eqx.Module):
         """Check the settings that both dynamics share.
 
         Raises:
-            ValueError: `tau`, a tolerance or `max_steps` is out of range.
+            ValueError: a tolerance or `max_steps` is out of range.
         """
-        _checks.increasing_times(tau)
         _checks.positive("rtol", rtol, "Use for example 1e-7.", single=True)
         _checks.positive("atol", atol, "Use for example 1e-7.", single=True)
-        self.tau = jnp.asarray(tau, jnp.float64)
-        self.solver = solver
-        norm = ErrorNorm(jnp.asarray(problem.slow_scale(), jnp.float64))
         # arrays, so that another tolerance does not compile anew
-        tolerances = jnp.asarray(rtol, jnp.float64), jnp.asarray(atol, jnp.float64)
-        self.controller = diffrax.PIDController(*tolerances, norm=norm)
+        self.tau, self.rtol, self.atol = (as_double(x) for x in (tau, rtol, atol))
+        self.solver = solver
         self.max_steps = _checks.positive_integer("max_steps", max_steps, "Use e.g. 20_000.")
-        self.adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-        self.progress_meter = (
-            diffrax.NoProgressMeter() if progress_meter is None else progress_meter
-        )
+        self.adjoint, self.progress_meter = adjoint, progress_meter
         remedy = "Pass for example `diffrax.ForwardMode()`, or leave it out."
-        _checks.instance("adjoint", self.adjoint, diffrax.AbstractAdjoint, remedy)
+        if adjoint is not None:
+            _checks.instance("adjoint", adjoint, diffrax.AbstractAdjoint, remedy)
         remedy = "Pass for example `diffrax.TqdmProgressMeter()`, or leave it out."
-        meter = self.progress_meter
-        _checks.instance("progress_meter", meter, diffrax.AbstractProgressMeter, remedy)
+        if progress_meter is not None:
+            kind = diffrax.AbstractProgressMeter
+            _checks.instance("progress_meter", progress_meter, kind, remedy)
 
-    def solve(self, field: Callable[..., Any], start: State, args: Any) -> diffrax.Solution:
-        """Integrate `field` from τ = 0; `.ys` are the states at `tau` and the time reached."""
+    def solve(
+        self, problem: AbstractProblem, field: Callable[..., Any], start: State, args: Any
+    ) -> diffrax.Solution:
+        """Integrate `field` by Diffrax; `.ys` are the states at `tau` and the time reached."""
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             self.solver,
@@ -102,10 +107,14 @@ class Run(eqx.Module):
                     diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: t),
                 ]
             ),
-            stepsize_controller=self.controller,
+            stepsize_controller=diffrax.PIDController(
+                self.rtol,
+                self.atol,
+                norm=ErrorNorm(jnp.asarray(problem.slow_scale(), jnp.float64)),
+            ),
             max_steps=self.max_steps,
-            adjoint=self.adjoint,
-            progress_meter=self.progress_meter,
+            adjoint=self.adjoint or diffrax.RecursiveCheckpointAdjoint(),
+            progress_meter=self.progress_meter or diffrax.NoProgressMeter(),
             throw=False,
         )
 
@@ -157,7 +166,7 @@ def check_start(problem: AbstractProblem, state: State) -> None:
             _checks.finite(name, leaf, "Start from finite values.")
 
 
-class Batch(eqx.Module):
+class Batch:
     """The broadcast batch of starts and ε as a flat list of lanes.
 
     Attributes:
@@ -169,8 +178,8 @@ class Batch(eqx.Module):
 
     state: State
     epsilon: Float[Array, " lanes"]
-    shape: tuple[int, ...] = eqx.field(static=True)
-    names: tuple[str, ...] = eqx.field(static=True)
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
 
     def __init__(self, problem: AbstractProblem, state: State, epsilon: Array) -> None:
         """Broadcast.
@@ -193,8 +202,9 @@ class Batch(eqx.Module):
                 f"Pass a start."
             )
 
-        def flatten(leaf: Array, own: tuple[int, ...]) -> Array:
-            return jnp.broadcast_to(leaf, self.shape + own).reshape(count, *own)
+        def flatten(leaf: Any, own: tuple[int, ...]) -> Any:
+            xp = np if isinstance(leaf, np.ndarray) else jnp
+            return xp.broadcast_to(leaf, self.shape + own).reshape(count, *own)
 
         self.state = jax.tree.map(lambda leaf: flatten(leaf, leaf.shape[len(lanes) :]), state)
         self.epsilon = flatten(epsilon, ())
@@ -202,9 +212,13 @@ class Batch(eqx.Module):
 
     def unflatten(self, answer: Any) -> Any:
         """Leaves `[lanes, ...]` with the batch axes in front."""
-        return jax.tree.map(
-            lambda leaf: jnp.asarray(leaf).reshape((*self.shape, *leaf.shape[1:])), answer
-        )
+        return _reshape(answer, self.shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _reshape(answer: Any, shape: tuple[int, ...]) -> Any:
+    # jitted because that is by far the fastest way from many small NumPy arrays to JAX's
+    return jax.tree.map(lambda leaf: leaf.reshape((*shape, *leaf.shape[1:])), answer)
 
 
 EngineName = Literal["auto", "simd", "loop", "diffrax"]
@@ -264,14 +278,13 @@ def solve(
     if engine == "diffrax":
         return solve_lanes(problem, solve_lane, state, epsilon, problem, run)
     batch = Batch(problem, state, epsilon)
-    given: Any = (batch.state, batch.epsilon, run.tau)
-    if engine == "simd":
-        given = jax.tree.map(np.asarray, given)
     answer = problem.solve_flow(
         engine,
-        *given,
-        rtol=run.controller.rtol,
-        atol=run.controller.atol,
+        batch.state,
+        batch.epsilon,
+        run.tau,
+        rtol=run.rtol,
+        atol=run.atol,
         max_steps=run.max_steps,
     )
     if engine != "simd":

@@ -12,6 +12,7 @@ from tts_jax import _checks
 from tts_jax._integrate import (
     EngineName,
     Run,
+    as_double,
     check_start,
     choose_engine,
     lane_answer,
@@ -71,6 +72,7 @@ def limit(
         RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
     """
     require_double_precision("limit", problem, state, tau)
+    _checks.increasing_times(tau)
     check_start(problem, state)
     own = solver == "auto" and adjoint is None and progress_meter is None
     engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
@@ -81,9 +83,8 @@ def limit(
         solver = Rodas5P(jacobian=_reduced_jacobian) if name == "rodas5p" else diffrax.Tsit5()
     else:
         name = type(solver).__name__
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    state = jax.tree.map(as_double, state)
     run = Run(
-        problem,
         tau,
         solver,
         rtol=rtol,
@@ -120,7 +121,7 @@ def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     del epsilon
-    solution = run.solve(_reduced_field, State(None, start.slow), problem)
+    solution = run.solve(problem, _reduced_field, State(None, start.slow), problem)
     slow = cast(list[State], solution.ys)[0].slow
     return lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
 

@@ -329,7 +329,7 @@ def record(
 ) -> Trajectory:
     """Assemble the answer of one dynamics; observables are computed from the states."""
     return Trajectory(
-        tau=tau,
+        tau=jnp.asarray(tau),
         fast=fast,
         slow=slow,
         loss=loss,

@@ -43,21 +43,37 @@ def _entries(lanes: int) -> tuple[Any, dict[str, Any]]:
     return engine, entries
 
 
+@functools.lru_cache(maxsize=64)
+def _layout(lanes: int, neurons: int, stride: int) -> tuple[int, list[int]]:
+    """Where the vectors of a thread begin, in numbers of one block, and the block's length."""
+    from tts_jax.problems._banded_program import VECTORS
+
+    sizes = {"m": neurons, "n": 2 * neurons + 1, "b": stride}
+    counts = [eval(formula, {}, sizes) for formula in VECTORS.values()]
+    *starts, length = np.cumsum([0, *counts]) * lanes
+    return int(length), [int(start) for start in starts]
+
+
 class _Work:
     """The memory of one thread, and the table of where everything is."""
 
     def __init__(
         self, lanes: int, neurons: int, stride: int, shared: dict[str, np.ndarray]
     ) -> None:
-        from tts_jax.problems._banded_program import LANE_INDICES, SLOTS, VECTORS
+        from tts_jax.problems._banded_program import LANE_INDICES, SHARED, SLOTS
 
-        sizes = {"m": neurons, "n": 2 * neurons + 1, "b": stride}
-        counts = {name: eval(formula, {}, sizes) for name, formula in VECTORS.items()}
-        own = {name: aligned((count * lanes,), np.dtype(float)) for name, count in counts.items()}
-        own |= {name: np.zeros(lanes, np.int64) for name in LANE_INDICES}
-        self.arrays = own | shared
+        length, starts = _layout(lanes, neurons, stride)
+        vectors = aligned((length,), np.dtype(float))
+        indices = np.zeros((len(LANE_INDICES), lanes), np.int64)
+        first, row = vectors.ctypes.data, indices.ctypes.data
+        self.arrays = {**shared, "vectors": vectors, "indices": indices}
         self.slots = SLOTS
-        self.table = np.array([self.arrays[name].ctypes.data for name in SLOTS], np.int64)
+        addresses = [
+            *(first + 8 * start for start in starts),
+            *(row + 8 * lanes * k for k in range(len(LANE_INDICES))),
+            *(shared[name].ctypes.data for name in SHARED),
+        ]
+        self.table = np.array(addresses, np.int64)
         self.address = self.table.ctypes.data
 
     def point(self, name: str, array: np.ndarray) -> None:
@@ -99,42 +115,33 @@ def solve(
     new = np.ones((total, m), bool)
     new[:, 1:] = (np.diff(places) != 0) | (np.diff(weights) != 0)
     groups = np.cumsum(new, axis=1) - 1
-    sizes = groups[:, -1] + 1 if m else np.zeros(total, int)
-    answer = _blank(total, tau.size, m)
-    for size in np.unique(sizes):
-        which = np.flatnonzero(sizes == size)
-        whole = which.size == total
-        starts = slice(None) if whole else which
-        count = np.zeros((which.size, size))
-        np.add.at(count, (np.arange(which.size)[:, None], groups[starts]), 1.0)
-        first = np.nonzero(new[starts])[1].reshape(which.size, size)
-        joint = np.take_along_axis(weights[starts], first, 1) * count
-        given = (fast[starts, :1], joint, np.take_along_axis(places[starts], first, 1), count)
-        part = answer if whole and size == m else _blank(which.size, tau.size, size)
-        chunk = max(4096, MEMORY // (8 * tau.size * (3 * m + 1)))
-        for begin in range(0, which.size, chunk):
-            cut = slice(begin, begin + chunk)
-            _solve_chunk(
-                problem,
-                [np.ascontiguousarray(x[cut]) for x in (*given, epsilon[starts])],
-                tau,
-                {name: value[cut] for name, value in part.items()},
-                rtol=rtol,
-                atol=atol,
-                max_steps=max_steps,
-                lanes=lanes,
-                threads=threads or _compat.cores(),
-            )
-        # from groups in the order of their places to the neurons of the caller
-        member = np.empty((which.size, m), int)
-        np.put_along_axis(member, order[starts], groups[starts], 1)
-        shares = np.take_along_axis(1.0 / count, member, 1)[:, None]
-        member = np.broadcast_to(member[:, None], (which.size, tau.size, m))
-        answer["slow"][starts] = np.take_along_axis(part["slow"], member, 2)
-        joint = np.take_along_axis(part["fast"][..., 1:], member, 2) * shares
-        answer["fast"][starts] = np.concatenate([part["fast"][..., :1], joint], 2)
-        for name in set(part) - {"fast", "slow"}:
-            answer[name][starts] = part[name]
+    sizes = groups[:, -1] + 1
+    setting = dict(rtol=rtol, atol=atol, max_steps=max_steps, lanes=lanes, threads=threads)
+    if np.all(new):
+        given = [fast[:, :1], weights, places, np.ones((total, m)), order, epsilon]
+        answer = _solve_groups(problem, given, tau, **setting)
+    else:
+        answer = _blank(total, tau.size, m)
+        for size in np.unique(sizes):
+            which = np.flatnonzero(sizes == size)
+            count = np.zeros((which.size, size))
+            np.add.at(count, (np.arange(which.size)[:, None], groups[which]), 1.0)
+            first = np.nonzero(new[which])[1].reshape(which.size, size)
+            joint = np.take_along_axis(weights[which], first, 1) * count
+            joined = np.take_along_axis(places[which], first, 1)
+            labels = np.tile(np.arange(size), (which.size, 1))
+            given = [fast[which, :1], joint, joined, count, labels, epsilon[which]]
+            part = _solve_groups(problem, given, tau, **setting)
+            # from groups in the order of their places to the neurons of the caller
+            member = np.empty((which.size, m), int)
+            np.put_along_axis(member, order[which], groups[which], 1)
+            shares = np.take_along_axis(1.0 / count, member, 1)[:, None]
+            member = np.broadcast_to(member[:, None], (which.size, tau.size, m))
+            part["slow"] = np.take_along_axis(part["slow"], member, 2)
+            joint = np.take_along_axis(part["fast"][..., 1:], member, 2) * shares
+            part["fast"] = np.concatenate([part["fast"][..., :1], joint], 2)
+            for name, value in part.items():
+                answer[name][which] = value
     stats = {name: answer.pop(name) for name in ("steps", "accepted", "bandwidth", "reached")}
     condition = answer.pop("condition")
     if not np.any(epsilon):
@@ -160,6 +167,29 @@ def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
     }
 
 
+def _solve_groups(
+    problem: Any, given: list[np.ndarray], tau: np.ndarray, *, threads: int | None, **setting: Any
+) -> dict[str, np.ndarray]:
+    """Solve starts with one number of groups, some thousand at a time.
+
+    Args:
+        given: the bias, `[starts, 1]`; joint weights, places in order, numbers of neurons and
+            labels of the groups, `[starts, groups]`; ε, `[starts]`.
+
+    Returns:
+        The answer, whose axis of neurons follows the labels.
+    """
+    starts, groups = given[1].shape
+    answer = _blank(starts, tau.size, groups)
+    chunk = max(4096, MEMORY // (8 * tau.size * (3 * groups + 1)))
+    for begin in range(0, starts, chunk):
+        cut = slice(begin, begin + chunk)
+        part = {name: value[cut] for name, value in answer.items()}
+        some = [np.ascontiguousarray(x[cut], float) for x in given]
+        _solve_chunk(problem, some, tau, part, threads=threads or _compat.cores(), **setting)
+    return answer
+
+
 def _solve_chunk(
     problem: Any,
     given: list[np.ndarray],
@@ -172,15 +202,10 @@ def _solve_chunk(
     lanes: int | None,
     threads: int,
 ) -> None:
-    """Solve starts into `answer`.
-
-    Args:
-        given: the bias, `[starts, 1]`; joint weights, places in order and numbers of neurons of
-            the groups, `[starts, groups]`; ε, `[starts]`.
-    """
+    """Solve starts, given as in `_solve_groups`, into `answer`."""
     from tts_jax.problems._banded_program import NUMBERS, SIZES
 
-    bias, weights, places, count, epsilon = given
+    bias, weights, places, count, labels, epsilon = given
     starts, m = places.shape
     threads = min(threads, starts)
     if lanes is None:
@@ -241,7 +266,7 @@ def _solve_chunk(
         "queue": np.zeros(1, np.int64),
         "tau": np.append(tau, np.inf),
         "start_state": start,
-        "start_order": np.tile(np.arange(float(m)), (starts, 1)),
+        "start_order": labels,
         "start_share": 1.0 / count,
         "start_epsilon": epsilon,
         "record_state": np.empty((starts * times, rows)),
