@@ -56,9 +56,9 @@ def test_flow_against_diffrax(target, name, epsilon):
         np.testing.assert_allclose(one, two, atol=2e-6)
 
 
-@pytest.mark.parametrize("places", [[0.42], [0.42, 0.77], [0.3, 0.3, 0.3], [0.1999, 0.2001]])
+@pytest.mark.parametrize("places", [[0.42], [0.1999, 0.2001], [0.3, 0.3]])
 def test_one_and_two_neurons(target, places):
-    """Also three that coincide, which are one for the engine."""
+    """Also two that coincide, which are one for the engine."""
     problem = tts.Univariate(target, neurons=len(places), eta=ETA)
     state = problem.state(slow=places)
     setting = dict(tau=TAU, rtol=1e-9, atol=1e-9)
@@ -110,7 +110,7 @@ def test_loss_and_start_are_exact(target):
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    jumps=st.integers(1, 5),
+    jumps=st.sampled_from([1, 4]),
     eta=st.sampled_from([0.3, 0.05, 4e-3]),
 )
 def test_any_target_and_width_against_diffrax(seed, jumps, eta):

@@ -386,7 +386,14 @@ def test_a_lane_alone_has_the_answer_of_the_batch():
 # --- derivatives ----------------------------------------------------------------------------------
 
 
-def test_derivatives_in_both_modes_agree_with_central_differences():
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(jax.jacfwd, id="forward"),
+        pytest.param(jax.jacrev, id="reverse", marks=pytest.mark.slow),  # as long to compile
+    ],
+)
+def test_derivatives_in_both_modes_agree_with_central_differences(mode):
     """Of losses, positions and hitting times, by positions, jumps, values and times."""
 
     def outputs(slow, jumps, values, tau):
@@ -410,8 +417,7 @@ def test_derivatives_in_both_modes_agree_with_central_differences():
         )
     )
     everything = (0, 1, 2, 3)
-    forward = jax.jit(jax.jacfwd(outputs, everything))(*at)
-    reverse = jax.jit(jax.jacrev(outputs, everything))(*at)
+    derivatives = jax.jit(mode(outputs, everything))(*at)
     value = jax.jit(outputs)
     assert np.all(np.isfinite(value(*at)))
     for number in everything:
@@ -423,5 +429,4 @@ def test_derivatives_in_both_modes_agree_with_central_differences():
             ]
             columns.append((ends[0] - ends[1]) / 2e-6)
         expected = np.stack(columns, axis=-1)
-        np.testing.assert_allclose(forward[number], expected, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(reverse[number], forward[number], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(derivatives[number], expected, rtol=1e-6, atol=1e-6)

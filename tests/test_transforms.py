@@ -50,9 +50,15 @@ def test_flow_mapped_over_epsilon_is_the_batched_call_and_the_loop():
 
 @pytest.mark.parametrize(
     "dynamics",
-    [explicit_flow, lambda s: tts.limit(PROBLEM, s, tau=TAU, solver="tsit5")]
-    + [lambda s: tts.sharp_limit(PROBLEM, s, tau=TAU)],
-    ids=["flow", "limit", "sharp_limit"],
+    [
+        pytest.param(explicit_flow, id="flow"),
+        pytest.param(lambda s: tts.limit(PROBLEM, s, tau=TAU, solver="tsit5"), id="limit"),
+        pytest.param(
+            lambda s: tts.sharp_limit(PROBLEM, s, tau=TAU),
+            id="sharp_limit",
+            marks=pytest.mark.slow,  # compiles three times
+        ),
+    ],
 )
 def test_each_dynamics_mapped_over_starts_is_the_batched_call_and_the_loop(dynamics):
     batched = dynamics(STARTS)
@@ -164,6 +170,7 @@ def test_forward_mode_agrees_with_central_differences(last_loss):
     check_forward_mode(lambda p: last_loss(p, **settings))
 
 
+@pytest.mark.slow  # compiles for minutes
 def test_derivatives_of_hitting_times_agree_with_central_differences():
     def hitting_times(parameters):
         return tts.sharp_limit(*built(parameters), tau=TAU).stats["hitting_time"]

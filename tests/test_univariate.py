@@ -55,7 +55,14 @@ def test_loss_gradient_and_hessian_to_1e_12(name):
     np.testing.assert_array_equal(problem.jacobian(*state), -ours)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # every case compiles anew
+        pytest.param(name, marks=[pytest.mark.slow] if place % 2 else [])
+        for place, name in enumerate(CONFIGURATIONS)
+    ],
+)
 def test_automatic_differentiation_agrees_with_the_closed_forms(name):
     problem, state = build(*CONFIGURATIONS[name])
     split = problem.neurons + 1

@@ -97,7 +97,8 @@ def flow(
     _checks.positive("epsilon", epsilon, remedy)
     _checks.increasing_times(tau)
     check_start(problem, state)
-    state, epsilon = jax.tree.map(as_double, (state, epsilon))
+    epsilon = as_double(epsilon)
+    state = jax.tree.map(as_double, state)
     engine = choose_engine(
         engine,
         problem,
