@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import cli
-from tts_jax.experiments import convergence as study
+from tts_jax.experiments import _study, convergence as study
 
 
 # Two jumps and six neurons: every part takes seconds.
@@ -120,7 +120,7 @@ def test_hits_are_counted():
             "hitting_time": (("start", "jump"), [[0.1], [0.2], [np.inf], [2.0], [np.nan]]),
             "sharp_status": ("start", [0, 0, 0, 0, int(tts.Status.NOT_UNIQUE)]),
         },
-        attrs=study._dataset(dataclasses.replace(TINY, tau_end=1.0), {}, {}).attrs,
+        attrs=_study.dataset(dataclasses.replace(TINY, tau_end=1.0), {}, {}).attrs,
     )
     timely, late, unknown, recovered, failed = study.hits(dataset)
     assert (timely.starts, timely.recovered, timely.failed) == (2, 1, 1)
@@ -325,7 +325,7 @@ def test_help_is_complete(capsys):
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for word in ("convergence", "--scale", "quick", "paper", "--seeds", "--out"):
         assert word in said
-    for word in ("default: results", "default: quick", "default: 8"):
+    for word in ("default: results", "default: quick", "default: convergence 8"):
         assert word in said
 
 

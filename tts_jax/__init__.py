@@ -1,5 +1,6 @@
 """Fast, exact simulation of two-timescale (fast–slow) learning dynamics in JAX."""
 
+from tts_jax import theory as theory
 from tts_jax._flow import flow as flow
 from tts_jax._hitting import hitting_times as hitting_times
 from tts_jax._limit import limit as limit

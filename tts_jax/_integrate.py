@@ -23,8 +23,8 @@ from tts_jax._trajectory import Status
 
 def as_double(value: ArrayLike) -> Array:
     """`value` in float64, by NumPy where it is concrete: much faster for single solves."""
-    if isinstance(value, jax.core.Tracer):
-        return value.astype(jnp.float64)
+    if _checks.is_traced(value):
+        return jnp.asarray(value, jnp.float64)
     return cast(Array, np.asarray(value, np.float64))
 
 

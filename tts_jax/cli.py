@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 FigureName = Literal["figure3", "figure4", "figure5", "figure7", "all"]
-StudyName = Literal["convergence"]
+StudyName = Literal["convergence", "initialisation"]
 Scale = Literal["quick", "paper"]
 
 APP = tyro.extras.SubcommandApp()
@@ -166,35 +166,39 @@ def study(
     subject: Annotated[
         tyro.conf.Positional[StudyName],
         tyro.conf.arg(
-            metavar="[convergence]",
+            metavar="[convergence|initialisation]",
             help="convergence: the flow against the limit as ε → 0, the limit against the sharp "
-            "limit as η → 0, SGD against the flow as h → 0, and which failures are late hits.",
+            "limit as η → 0, SGD against the flow as h → 0, and which failures are late hits. "
+            "initialisation: the bounds of the paper's theorem on the number of neurons and on "
+            "the time against exact probabilities and simulation.",
         ),
     ] = "convergence",
     *,
     scale: Annotated[
         Scale,
         tyro.conf.arg(
-            help="quick: about two minutes on two cores. paper: more starts, widths and step sizes."
+            help="quick: about two minutes on two cores. paper: more starts, draws, widths and "
+            "step sizes."
         ),
     ] = "quick",
     seeds: Annotated[
         int | None,
         tyro.conf.arg(
             metavar="N",
-            help="Number of random starts of flow and limit. SGD runs and the starts of the late "
-            "hits change in proportion; there are at least 16.",
-            help_behavior_hint="(default: 8, at scale paper 64)",
+            help="Number of random starts; other numbers of runs change in proportion.",
+            help_behavior_hint="(default: convergence 8, at scale paper 64; initialisation 2000 "
+            "and 20000)",
         ),
     ] = None,
     out: Annotated[
         Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
     ] = Path("results"),
 ) -> int:
-    """Measure orders of convergence on the problem of Marion & Berthier (2023).
+    """Study the problem of Marion & Berthier (2023) beyond the paper.
 
-    Writes the netCDF data, two tables in CSV, a PNG and a PDF, and prints the tables: slopes
-    with 95 % confidence intervals, and failures of the flow against what the limits predict.
+    Writes the netCDF data, tables in CSV, a PNG and a PDF, and prints the tables. Of convergence:
+    slopes with 95 % confidence intervals, and failures of the flow against what the limits predict.
+    Of initialisation: probabilities with their intervals.
     """
     if seeds is not None and seeds < 1:
         raise UsageError(
@@ -209,12 +213,13 @@ def study(
 def _studied(subject: StudyName, scale: Scale, seeds: int | None, out: Path) -> int:
     """Compute and write the parts of a study, then its tables, then its figure."""
     from tts_jax import plot
-    from tts_jax.experiments import convergence
+    from tts_jax.experiments import convergence, initialisation
 
-    settings = convergence.settings_of(scale, seeds)
+    study = {"convergence": convergence, "initialisation": initialisation}[subject]
+    settings = study.settings_of(scale, seeds)
     report, data, files = _Report(), {}, []
-    print(f"{subject}: {settings.starts} starts, {settings.runs} runs of SGD per step size")
-    for name, compute in convergence.PARTS.items():
+    print(f"{subject}: {settings.describe()}")
+    for name, compute in study.PARTS.items():
         began = time.perf_counter()
         try:
             dataset = compute(settings, progress=True)
@@ -225,13 +230,13 @@ def _studied(subject: StudyName, scale: Scale, seeds: int | None, out: Path) -> 
         files.append(write_netcdf(dataset, out / f"{subject}_{name}.nc"))
         print(f"  {name}: {time.perf_counter() - began:.1f} s, data in {files[-1]}")
     if data:
-        for name, table in convergence.tables(data).items():
+        for name, table in study.tables(data).items():
             files.append(_write_csv(table, out / f"{subject}_{name}.csv"))
             print(f"\n{_table(table[0], table[1:])}")
-        for line in convergence.remarks(data):
+        for line in study.remarks(data):
             print(line)
         try:
-            files += plot.save(convergence.draw(data), out / subject)
+            files += plot.save(study.draw(data), out / subject)
         except Exception:
             report.failure(f"{subject} could not be drawn; its data are in `{out}`")
         print("\nFiles: " + ", ".join(str(path) for path in files))

@@ -20,13 +20,9 @@ so that it crosses its own width in a time η/w²: the weights can follow it onl
 against ε_c = 2λη/w². Times τ are without the factor ½ of the paper's text.
 """
 
-import dataclasses
-import json
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -37,11 +33,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from scipy.special import stdtrit
-from tqdm import tqdm
 
 import tts_jax as tts
 from tts_jax import _checks, plot
 from tts_jax._trajectory import Status
+from tts_jax.experiments import _study
 
 
 Scale = Literal["quick", "paper"]
@@ -101,6 +97,10 @@ class Settings:
     jumps: tuple[float, ...] = tuple(float(place) for place in np.linspace(0.2, 0.8, 5))
     values: tuple[float, ...] = (1.0, 5.0, 1.0, 3.0, 1.0, 5.0)
     key: int = 0
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        return f"{self.starts} starts, {self.runs} runs of SGD per step size"
 
     def problem(self, eta: float | None = None) -> tts.Univariate:
         """The learning problem, by default at the width `eta` of the settings."""
@@ -188,7 +188,7 @@ def small_epsilon(settings: Settings, *, progress: bool = False) -> xarray.Datas
     tolerances: dict[str, Any] = {"rtol": settings.tolerance, "atol": settings.tolerance}
     limit = tts.limit(problem, start, tau=tau, **tolerances)
     solved, distances = np.asarray(limit.success), []
-    for epsilon in _steps(settings.epsilons, "flow against limit", "ε", progress):
+    for epsilon in _study.steps(settings.epsilons, "flow against limit", "ε", progress):
         flow = tts.flow(problem, start, epsilon=epsilon, tau=tau, **tolerances)
         solved = solved & np.asarray(flow.success)
         gap = np.abs(np.asarray(flow.slow) - np.asarray(limit.slow))
@@ -199,7 +199,7 @@ def small_epsilon(settings: Settings, *, progress: bool = False) -> xarray.Datas
     distance = np.stack(distances, axis=1)
     layer = LAYER * epsilons / (2.0 * np.maximum(smallest[:, :1], np.finfo(float).tiny))
     late = tau > layer[..., None]
-    return _dataset(
+    return _study.dataset(
         settings,
         {
             "distance": (("start", "epsilon", "tau"), distance),
@@ -252,7 +252,7 @@ def small_width(settings: Settings, *, progress: bool = False) -> xarray.Dataset
         first = np.min(np.where(hits > 0.0, hits, np.inf), axis=-1, keepdims=True)
         last = np.max(np.where(np.isfinite(hits), hits, 0.0), axis=-1, keepdims=True)
         distances, solved = [], []
-        for eta in _steps(
+        for eta in _study.steps(
             settings.widths, f"limit against sharp limit, {kind} starts", "η", progress
         ):
             narrow = settings.problem(eta)
@@ -278,7 +278,7 @@ def small_width(settings: Settings, *, progress: bool = False) -> xarray.Dataset
     dims |= {"gap": axes[:2], "hitting_time": (*axes[:2], "jump")}
     variables = {name: (dims[name], np.stack(values)) for name, values in answers.items()}
     coords = {"kind": list(kinds), "eta": widths, "jump": np.array(settings.jumps)}
-    return _dataset(settings, variables, coords)
+    return _study.dataset(settings, variables, coords)
 
 
 def small_step(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
@@ -298,7 +298,7 @@ def small_step(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
     tau = np.linspace(0.0, settings.tau_end, 36)
     tolerance, epsilon = settings.tolerance, settings.epsilon
     distances, biases, solved = [], [], []
-    for h in _steps(settings.step_sizes, "SGD against flow", "h", progress):
+    for h in _study.steps(settings.step_sizes, "SGD against flow", "h", progress):
         sgd = tts.sgd(
             problem,
             key=jax.random.fold_in(jax.random.key(settings.key), 3),
@@ -318,7 +318,7 @@ def small_step(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
         distances.append(np.max(np.abs(moved), axis=(1, 2)))
         solved.append(np.asarray(sgd.success) & np.all(np.asarray(flow.success)))
         biases.append([np.mean(moved[group::GROUPS], axis=0) for group in range(GROUPS)])
-    return _dataset(
+    return _study.dataset(
         settings,
         {
             "distance": (("step_size", "run"), np.stack(distances)),
@@ -347,7 +347,7 @@ def late_hits(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
         "sharp": lambda: tts.sharp_limit(problem, start, tau=end),
     }
     runs = {}
-    for name in _steps(list(calls), "late hits", "method", progress):
+    for name in _study.steps(list(calls), "late hits", "method", progress):
         runs[name] = calls[name]()
     variables: dict[str, Any] = {}
     for name, run in runs.items():
@@ -362,7 +362,7 @@ def late_hits(settings: Settings, *, progress: bool = False) -> xarray.Dataset:
     variables["hitting_time"] = (("start", "jump"), hits)
     variables["neurons_per_piece"] = (("start", "piece"), counts)
     variables["slow"] = (("start", "neuron"), slow)
-    return _dataset(settings, variables, {"jump": np.array(settings.jumps)})
+    return _study.dataset(settings, variables, {"jump": np.array(settings.jumps)})
 
 
 PARTS: dict[str, Callable[..., xarray.Dataset]] = {
@@ -379,38 +379,11 @@ def load_data(folder: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
     Raises:
         FileNotFoundError: the folder holds no data of the study.
     """
-    data = {}
-    for name in PARTS:
-        path = Path(folder) / f"convergence_{name}.nc"
-        if path.is_file():
-            with xarray.open_dataset(path, engine="h5netcdf") as opened:
-                data[name] = opened.load()
-    if not data:
-        raise FileNotFoundError(
-            f"There are no data `convergence_*.nc` in `{folder}`. Write them with `tts-jax study "
-            f"convergence --out {folder}`."
-        )
-    return data
-
-
-def _steps(values: Sequence[Any], what: str, unit: str, progress: bool) -> Iterator[Any]:
-    """`values` with a progress bar."""
-    with tqdm(values, desc=f"  {what}", unit=unit, disable=not progress, leave=False) as bar:
-        yield from bar
-
-
-def _dataset(settings: Settings, variables: Mapping[str, Any], coords: Any) -> xarray.Dataset:
-    notes = {"tts_jax": tts.__version__, "jax": jax.__version__}
-    notes |= {"python": platform.python_version()}
-    attributes = {"settings": json.dumps(dataclasses.asdict(settings)), **notes}
-    return xarray.Dataset(variables, coords, attributes)
+    return _study.load_data(folder, "convergence", PARTS)
 
 
 def _settings(dataset: xarray.Dataset) -> Settings:
-    numbers: dict[str, Any] = json.loads(dataset.attrs["settings"])
-    for name, value in numbers.items():
-        numbers[name] = tuple(value) if isinstance(value, list) else value
-    return Settings(**numbers)
+    return _study.settings_in(dataset, Settings)
 
 
 def _smallest_eigenvalues(

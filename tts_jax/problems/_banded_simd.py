@@ -116,7 +116,9 @@ def solve(
     new[:, 1:] = (np.diff(places) != 0) | (np.diff(weights) != 0)
     groups = np.cumsum(new, axis=1) - 1
     sizes = groups[:, -1] + 1
-    setting = dict(rtol=rtol, atol=atol, max_steps=max_steps, lanes=lanes, threads=threads)
+    setting: dict[str, Any] = dict(
+        rtol=rtol, atol=atol, max_steps=max_steps, lanes=lanes, threads=threads
+    )
     if np.all(new):
         given = [fast[:, :1], weights, places, np.ones((total, m)), order, epsilon]
         answer = _solve_groups(problem, given, tau, **setting)

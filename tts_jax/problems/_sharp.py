@@ -58,15 +58,15 @@ def _psi_coefficients(terms: int = 80, degree: int = 17) -> np.ndarray:
     )
 
 
-_PSI = _psi_coefficients()
-_PSI_QUARTER = float(np.sum(_PSI))
-_SCALE = 4.0 / np.sqrt(3.0)
+PSI = _psi_coefficients()
+PSI_QUARTER = float(np.sum(PSI))
+SCALE = 4.0 / np.sqrt(3.0)
 
 PART = 1024  # lanes whose steps share their blocks
 
 
 def _psi(y: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.polyval(jnp.asarray(_PSI[::-1], y.dtype), 8.0 * y - 1.0)
+    return jnp.polyval(jnp.asarray(PSI[::-1], y.dtype), 8.0 * y - 1.0)
 
 
 def _invariant(near: Array, far: Array) -> tuple[Array, Array]:
@@ -78,7 +78,7 @@ def _invariant(near: Array, far: Array) -> tuple[Array, Array]:
 def _remaining(p: Array, c: Array) -> Array:
     """w² (T − τ) at p."""
     ratio = c / jnp.where(p > 0, p, 1.0)
-    return _SCALE * (p * _psi(ratio**6 / 4.0) - c * _PSI_QUARTER)
+    return SCALE * (p * _psi(ratio**6 / 4.0) - c * PSI_QUARTER)
 
 
 def pair_hitting_time(
@@ -110,7 +110,7 @@ def pair_distances(
     left = _remaining(p0, c) - scaled_time
     left_or_zero = jnp.maximum(left, 0.0)
     fixed_c, fixed_left = lax.stop_gradient((c, left_or_zero))
-    p = jnp.minimum(fixed_c + fixed_left / 2.0, fixed_left / _SCALE + fixed_c * _PSI_QUARTER)
+    p = jnp.minimum(fixed_c + fixed_left / 2.0, fixed_left / SCALE + fixed_c * PSI_QUARTER)
     for count in range(4):
         if count == 3:
             fixed_c, fixed_left = c, left_or_zero
