@@ -8,9 +8,9 @@ import sys
 MEASURE = """
 import json, sys, time
 import jax, diffrax
-began = time.perf_counter()
+began = time.process_time()
 import tts_jax
-print(json.dumps({"seconds": time.perf_counter() - began, "modules": sorted(sys.modules)}))
+print(json.dumps({"seconds": time.process_time() - began, "modules": sorted(sys.modules)}))
 """
 HEAVY = {"matplotlib", "xarray", "h5netcdf", "pandas", "tyro", "tqdm"}
 

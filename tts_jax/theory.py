@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
-from scipy import special
 
 from tts_jax import _checks
 from tts_jax._precision import double_precision
@@ -95,6 +94,8 @@ def good_start_probability(
     Raises:
         ValueError: an argument is out of range.
     """
+    from scipy import special  # slow to import
+
     neurons = _checks.positive_integer("neurons", neurons, "Use for example 20.")
     if isinstance(at_least, bool) or not isinstance(at_least, (int, np.integer)) or at_least < 0:
         remedy = "Use for example 2."

@@ -20,7 +20,6 @@ from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
 from tts_jax.problems import (
-    _banded_loop,
     _banded_simd,
     _plateau,
     _sharp,
@@ -386,6 +385,8 @@ class Univariate(AbstractProblem):
 
     def solve_flow(self, engine: str, state: State, epsilon: Any, tau: Any, **setting: Any) -> Any:
         if engine == "loop":
+            from tts_jax.problems import _banded_loop  # slow to import
+
             return _banded_loop.solve(self, state, epsilon, tau, **setting)
         return _banded_simd.solve(self, *state, epsilon, tau, **setting)
 
