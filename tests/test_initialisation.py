@@ -23,7 +23,7 @@ def test_exact_and_counted_probabilities_agree(data):
     for row in range(dataset.sizes["at_least"]):
         for column in range(dataset.sizes["neurons"]):
             low, high = study._interval(dataset.counted.values[row, column], TINY.draws)
-            assert low - 1e-3 <= dataset.exact.values[row, column] <= high + 1e-3
+            assert low - 1e-12 <= dataset.exact.values[row, column] <= high
 
 
 def test_recovery_grows_with_the_neurons(data):

@@ -219,7 +219,7 @@ def sharp(starts, numeric=False):
             )
         )
     answer = compiled(numeric)(*(np.stack(column) for column in zip(*rows, strict=True)))
-    return [jax.tree.map(lambda leaf: leaf[lane], answer) for lane in range(len(starts))]  # noqa: B023
+    return [jax.tree.map(lambda leaf, lane=lane: leaf[lane], answer) for lane in range(len(starts))]
 
 
 def listed(answer, end=np.inf):

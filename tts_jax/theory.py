@@ -4,7 +4,7 @@ All times are slow times τ in this package's convention, L = ∫₀¹ (f − f*
 a time of the text of Marion & Berthier (2023, arXiv 2304.09576) is twice as long. Neurons start
 independently and uniformly on [0, 1].
 
-Three things are compared here (`tts-jax study theory` draws them):
+Three things are compared here (`tts-jax study initialisation` draws them):
 
 - Theorem 1 of the paper, `neurons_bound` and `recovery_time_bound`: sufficient, and far from
   necessary.
@@ -156,8 +156,7 @@ def hitting_time_cdf(
         P(T ≤ τ) = ∫₀¹ G(min(w²τ/t(x), v/x, (1 − v)/(1 − x))) dx + walls,
 
     where a side without neurons, with probability (1 − v)^m or v^m, is a wall at the end of the
-    interval. The integral is done to 1e-10, by Gauss's rule between the
-    places where the minimum changes.
+    interval. The integral is done by Gauss's rule between the places where the minimum changes.
 
     Args:
         tau: slow times, any shape.
