@@ -12,7 +12,7 @@ from benchmarks.peers import CPU_PEERS, Peer, peers_for
 from benchmarks.peers.engine import EngineRun
 from benchmarks.setting import JUMPS, VALUES, Setting
 from benchmarks.suite import equal_work, measure, metrics, report
-from benchmarks.suite.__main__ import main
+from benchmarks.suite.__main__ import SUBJECTS, main
 from benchmarks.suite.equal_work import Ensemble
 from benchmarks.suite.session import PeerError, Session
 
@@ -337,3 +337,21 @@ def test_the_command_line_gates_and_updates(run, tmp_path, capsys):
     merged = json.loads(baseline.read_text())["groups"]
     assert merged["commands"]["rows"][0]["seconds"] == 3.0
     assert merged["ensembles"]["rows"][0]["ns"] == [2.0, 4.0, 2.0]
+
+
+def test_a_run_that_dies_keeps_the_workloads_it_finished(run, tmp_path, monkeypatch):
+    def finishes(processes, peers, quick):
+        return run["groups"]["commands"]["rows"]
+
+    def dies(processes, peers, quick):
+        raise KeyboardInterrupt
+
+    workloads = {"commands": finishes, "memory": dies}
+    subject = dataclasses.replace(SUBJECTS["sgd"], workloads=workloads)
+    monkeypatch.setitem(SUBJECTS, "sgd", subject)
+    baseline = tmp_path / "results.json"
+    given = ["--only", "memory", "commands", "--out", str(tmp_path), "--baseline", str(baseline)]
+    with pytest.raises(KeyboardInterrupt):
+        main([*given, "--backend", "cpu", "--update-baseline"])
+    for path in (tmp_path / "run.json", baseline):
+        assert list(json.loads(path.read_text())["groups"]) == ["commands"]

@@ -8,9 +8,10 @@
     python -m benchmarks.suite --replot              the report again, from the stored numbers
     python -m benchmarks.suite --update-baseline     measure, and commit the answer
 
-Writes run.json, report.md and report.png into `--out` (flow_run.json and so on for the flow). The
-baseline is benchmarks/results.json, or flow_results.json, with its report beside it;
-`--update-baseline` puts the measured workloads in place of the baseline's and leaves the others.
+Writes run.json after each workload, and report.md and report.png at the end, into `--out`
+(flow_run.json and so on for the flow). The baseline is benchmarks/results.json, or
+flow_results.json, with its report beside it; `--update-baseline` puts the measured workloads in
+place of the baseline's and leaves the others.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"There is no {stored}. Run without `--replot` first.", file=sys.stderr)
             return 2
     else:
-        run = _measure(given)
-        _write(stored, run)
+        run = {"format": metrics.FORMAT, "groups": {}}
+        for name, group in _measured(given):  # a workload may take many minutes: keep each at once
+            run["groups"][name] = group
+            _write(stored, run)
+            if given.update_baseline:
+                _write(given.baseline, _merged(baseline, run))
     compared = None if baseline is None else metrics.compare(run, baseline)
     _report(subject, run, compared, given.out, f"{subject.prefix}report")
     if given.update_baseline:
-        groups = {} if baseline is None else baseline["groups"]
-        merged = {"format": metrics.FORMAT, "groups": {**groups, **run["groups"]}}
+        merged = _merged(baseline, run)
         _write(given.baseline, merged)
         _report(subject, merged, None, given.baseline.parent, given.baseline.stem)
     print((given.out / f"{subject.prefix}report.md").read_text(encoding="utf-8"))
@@ -160,7 +164,14 @@ def _backend() -> str:
     return "gpu" if asked.stdout.strip() == "gpu" else "cpu"
 
 
-def _measure(given: argparse.Namespace) -> dict[str, Any]:
+def _merged(baseline: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]:
+    """The baseline with the measured workloads in place of its own."""
+    groups = {} if baseline is None else baseline["groups"]
+    return {"format": metrics.FORMAT, "groups": {**groups, **run["groups"]}}
+
+
+def _measured(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each workload's name and results, as soon as it has run."""
     subject: Subject = given.subject
     names = list(given.only or subject.usual)
     if set(names) & set(metrics.TIMED) and "check" not in names:
@@ -168,7 +179,6 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     names.sort(key=list(subject.workloads).index)
     effort = subject.quick if given.quick else subject.full
     peers: list[Peer] = given.peers
-    groups = {}
     for name in names:
         described = machine.describe(given.backend)
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -177,8 +187,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
             described["devices"] = {
                 name: found for name, found in processes.devices.items() if found
             }
-        groups[name] = {"machine": described, "quick": given.quick, "rows": rows}
-    return {"format": metrics.FORMAT, "groups": groups}
+        yield name, {"machine": described, "quick": given.quick, "rows": rows}
 
 
 def _load(path: Path) -> dict[str, Any] | None:
