@@ -56,6 +56,7 @@ def agree(answer, expected, fast, slow):
         assert difference <= bound, f"{name}: {difference}"
 
 
+@pytest.mark.slow
 def test_flow_of_hostile_starts():
     state = starts(POSITIONS)
     expected = tts.flow(

@@ -138,6 +138,7 @@ def test_hits_are_counted():
 # --- the parts at tiny settings -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slopes_are_those_of_the_theory(data):
     rows = {(row.quantity, row.range): row for row in study.slopes(data)}
     assert len(rows) >= 5 + 2 * 3 + 2
@@ -152,6 +153,7 @@ def test_slopes_are_those_of_the_theory(data):
     assert abs(strong.slope - 0.5) <= 0.2
 
 
+@pytest.mark.slow
 def test_the_layer_and_the_critical_epsilon_follow_from_the_gram_matrix(data):
     part = data["small_epsilon"]
     problem, starts = TINY.problem(), TINY.random_starts(TINY.starts, 0)
@@ -169,6 +171,7 @@ def test_the_layer_and_the_critical_epsilon_follow_from_the_gram_matrix(data):
     np.testing.assert_array_equal(np.fmax(outside, inside), whole)
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_tight_solves(data):
     part, j = data["small_epsilon"], 2
     problem = TINY.problem()
@@ -180,6 +183,7 @@ def test_distances_are_those_of_tight_solves(data):
     np.testing.assert_allclose(part.distance[:, j], distance, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_late_hits_agree_with_tight_solves(data):
     part = data["late_hits"]
     problem, slow = TINY.problem(), part.slow.values
@@ -227,6 +231,7 @@ def test_too_few_covered_starts_are_refused(monkeypatch):
         study.small_width(dataclasses.replace(TINY, widths=(1e-3,)))
 
 
+@pytest.mark.slow
 def test_drawing_takes_whatever_parts_there_are(data):
     whole = study.draw(data)
     assert isinstance(whole, Figure)
@@ -250,6 +255,7 @@ def tiny(monkeypatch, data):
         monkeypatch.setitem(study.PARTS, name, lambda settings, progress, d=dataset: d)
 
 
+@pytest.mark.slow
 def test_the_command_writes_data_tables_and_figure(tiny, data, capsys, tmp_path):
     out = tmp_path / "new"
     assert cli.main(["study", "convergence", "--out", str(out)]) == 0

@@ -156,15 +156,9 @@ def test_derivatives_on_the_papers_problem(observed):
     check(observed, PAPER, ["positions"], step=5e-5, rtol=1e-5, **ends)
 
 
-@pytest.mark.parametrize(
-    ("epsilon", "mode"),
-    [
-        pytest.param(0.02, "reverse", marks=pytest.mark.slow),
-        (0.02, "forward"),
-        pytest.param(None, "forward", marks=pytest.mark.slow),
-        pytest.param(None, "reverse", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("epsilon", [0.02, None])
 def test_hitting_times_of_a_linear_problem_have_exact_derivatives(epsilon, mode):
     """Against the implicit function theorem on the matrix exponential."""
     problem = decay()

@@ -174,6 +174,7 @@ def test_a_visit_between_two_records_is_not_seen():
     assert_allclose(drift_times(records=60), EXACT, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_lane_that_fails_has_nan_and_leaves_the_others_alone():
     problem = tts.Univariate(
         tts.PiecewiseConstant([0.4, 0.7], [1.0, 3.0, 0.0]), neurons=4, eta=0.05

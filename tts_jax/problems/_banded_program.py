@@ -35,6 +35,7 @@ from tts_jax.problems import _step
 STAGES = len(A)
 ITERATIONS = 12  # for the ends of the spectrum of the Gram matrix
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
+NARROW_BANDS = 7  # bands of fewer neighbours have code of their own
 FARTHEST = 8.0  # a step in which a neuron moves by more widths is tried again with a smaller size
 
 # Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
@@ -43,38 +44,36 @@ VECTORS = {
     "next": "n",  # y at its end
     "stage": "n",  # y_i
     "right": "n",  # right-hand sides, then solutions
-    "slope": "n",  # −∇L at the start of the step
     "stages": f"{STAGES} * n",  # k_i
     "dense": "3 * n",
     "band": "(n + b) * b",  # row i: S(i, i), S(i, i−1), …; then L; zeros after the last
     "inverse": "n",  # 1/D
     "weight": "m + 2",  # a
     "place": "m + 2",  # u, no farther out than half a width
-    "edge": "m + 2",  # u less the part of the transition beyond 1
     "area": "m + 2",  # ∫₀^u f*, smoothed
     "level": "m + 2",  # f* at u, smoothed
     "trim": "m + 2",  # how far inside the transition at a jump a neuron is, in widths
-    "drift": "m + 2",  # what plateau k and its two neurons add to ½∂L/∂F_k
-    "lean": "m + 2",  # and what the next neurons on both sides add
+    "drift": "m + 2",  # what the ends of [0, 1] add to ½∂L/∂F_k
     "filling": "m + 2",  # ∫f* over plateau k
-    "under": "m + 2",  # the levels whose mean E_j starts from
-    "over": "m + 2",
     "pull": "m + 2",  # what pairs of neurons farther apart add to Σ_j a_j T_kj
     "misfit": "m + 2",  # E_j = ∫(f − f*)σ′_j/η
+    "extra": "m + 2",  # what the ends, and pairs of neurons farther apart, add to it
     "left": "m + 2",  # −u/η
     "right_end": "m + 2",  # (u − 1)/η
     "order": "m + 2",  # which group of coincident neurons of the caller this is
     "share": "m + 2",  # one over their number, and their number
     "count": "m + 2",
     "hold": "m + 2",  # what of S belongs to a weight alone
-    # of the jump that counts for a neuron: its place, its size, f* before it, ∫f* up to it, and
-    # between which positions no other jump counts
+    # of the jump that counts for a neuron: its place, its size, f* before it, ∫f* up to it, between
+    # which positions no other jump counts, and between which it is the nearest
     "near": "m + 2",
     "size": "m + 2",
     "before": "m + 2",
     "filled": "m + 2",
     "low_end": "m + 2",
     "high_end": "m + 2",
+    "low_cell": "m + 2",
+    "high_cell": "m + 2",
     "lane": "16",
 }
 # Vectors in `lane`.
@@ -94,19 +93,22 @@ SIZES = (
 SHARED = (
     *("numbers", "sizes", "queue", "tau"),
     *("jump", "height", "jump_before", "jump_filled", "jump_low", "jump_high"),
+    *("jump_low_cell", "jump_high_cell"),
     *("start_state", "start_order", "start_share", "start_epsilon"),
     *("record_state", "record_order", "loss", "fast", "slow", "condition"),
     *("status", "step_count", "accept_count", "bandwidth", "record_count", "reached", "which"),
+    "visits",
 )
 SLOTS = {name: place for place, name in enumerate((*VECTORS, *LANE_INDICES, *SHARED))}
 # What is known of the jump that counts for a neuron, and the array of all jumps it is from.
 _OF_NEURON = {
     **{"near": "jump", "size": "height", "before": "jump_before", "filled": "jump_filled"},
     **{"low_end": "jump_low", "high_end": "jump_high"},
+    **{"low_cell": "jump_low_cell", "high_cell": "jump_high_cell"},
 }
 OF_INDICES = {
     *("sizes", "queue", "status", "step_count", "accept_count", "bandwidth", "record_count"),
-    *("which", *LANE_INDICES),
+    *("which", "visits", *LANE_INDICES),
 }
 
 
@@ -285,49 +287,38 @@ class Program:
         own = {name: scope.array(name) for name in _OF_NEURON}
         lost = (u < own["low_end"][j]) | (u > own["high_end"][j])
         found = {name: w.variable(own[name][j]) for name in _OF_NEURON}
-        best = w.variable(w.real(float("inf")))
         jumps = {name: scope.array(source) for name, source in _OF_NEURON.items()}
         with w.range(0, scope.size("jumps")) as k:
-            distance = w.abs(u - jumps["near"][k])
-            closer = distance < best.get()
-            best.set(w.where(closer, distance, best.get()))
+            nearer = lost & (u > jumps["low_cell"][k])  # than the jumps before
             for name, place in found.items():
-                place.set(w.where(closer & lost, w.splat(jumps[name][k]), place.get()))
+                place.set(w.where(nearer, w.splat(jumps[name][k]), place.get()))
         for name, place in found.items():
             own[name][j] = place.get()
         w.give()
         return w
 
-    def _forget(self, w: Writer, scope: Scope) -> None:
-        """Have every neuron look for its jump anew, so that no result depends on the past."""
-        low_end = scope.array("low_end")
+    def _forget(self, w: Writer, scope: Scope, y: Array) -> None:
+        """Have neurons look for their nearest jump anew, so that no result depends on the past."""
+        low_end, low, high = map(scope.array, ("low_end", "low_cell", "high_cell"))
         with w.range(1, scope.m + 1) as j:
-            low_end[j] = float("inf")
+            u = y[j * 2 - 1]
+            low_end[j] = w.where((u <= low[j]) | (u > high[j]), float("inf"), low_end[j])
 
     def _edges(self) -> Writer:
-        """Corrections of `gradient` for transitions that cross an end of [0, 1]."""
+        """What transitions across an end of [0, 1] add to `drift`, `pull`, `extra`, `filling`."""
         w, scope = self._function("edges", (ADDRESS,))
         y = w.vectors(w.arguments[1])
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         first, last = scope.shared("first"), scope.shared("last")
-        names = (
-            "place",
-            "edge",
-            "drift",
-            "filling",
-            "pull",
-            "misfit",
-            "weight",
-            "left",
-            "right_end",
-        )
-        place, edge, drift, filling, pull, misfit, weight, left, right = map(scope.array, names)
+        names = ("place", "drift", "filling", "pull", "extra", "weight", "left", "right_end")
+        place, drift, filling, pull, extra, weight, left, right = map(scope.array, names)
         top = y[m * 2]
 
         def fill(j: Index, area: Real) -> None:
-            filling[j - 1] = filling[j - 1] + area
-            filling[j] = filling[j] - area
+            for k, part in ((j - 1, area), (j, -area)):
+                filling[k] = filling[k] + part
+                drift[k] = drift[k] - part
 
         with w.range(1, m + 1) as j:
             left[j] = -(place[j] * per_eta)
@@ -340,32 +331,31 @@ class Program:
                 pull[0] = pull[0] + weight[j] * beyond
                 pull[j] = pull[j] + y[0] * beyond
                 fill(j, first * (eta * beyond))
-                misfit[j] = misfit[j] - (y[0] - first) * share
+                extra[j] = extra[j] - (y[0] - first) * share
                 mean, tail = self._own_cut(w, p)
                 pull[j] = pull[j] + weight[j] * mean
-                misfit[j] = misfit[j] - weight[j] * tail
+                extra[j] = extra[j] - weight[j] * tail
                 with w.range(1, m + 1) as i:
                     with w.when(w.any(left[i] > -0.5) & ~i.equals(j)):
                         a = weight[i]
                         pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", left[i], p)
-                        misfit[j] = misfit[j] - a * self._cut_of(w, "cut_cdf", p, left[i])
+                        extra[j] = extra[j] - a * self._cut_of(w, "cut_cdf", p, left[i])
             with w.when(w.any(q > -0.5)):
                 beyond, share = ramp(w, q), step(w, q)
                 cut = eta * beyond
-                edge[j] = edge[j] - cut
                 drift[j - 1] = drift[j - 1] - y[j * 2 - 2] * cut
                 drift[j] = drift[j] + y[j * 2] * cut
                 fill(j, -(last * cut))
-                misfit[j] = misfit[j] - (top - last) * share
+                extra[j] = extra[j] - (top - last) * share
                 pull[j] = pull[j] - beyond * (top - y[j * 2 - 2])
                 mean, tail = self._own_cut(w, q)
                 pull[j] = pull[j] + weight[j] * mean
-                misfit[j] = misfit[j] + weight[j] * tail
+                extra[j] = extra[j] + weight[j] * tail
                 with w.range(1, m + 1) as i:
                     with w.when(w.any(right[i] > -0.5) & ~i.equals(j)):
                         a = weight[i]
                         pull[j] = pull[j] + a * self._cut_of(w, "cut_mean", right[i], q)
-                        misfit[j] = misfit[j] + a * self._cut_of(w, "cut_cdf", q, right[i])
+                        extra[j] = extra[j] + a * self._cut_of(w, "cut_cdf", q, right[i])
             pull[j] = pull[j] - passed.get()
             passed.set(passed.get() + weight[j] * ramp(w, q))
         w.give()
@@ -373,88 +363,175 @@ class Program:
 
     # --- gradient ---
 
-    def _levels_apart(self, w: Writer, scope: Scope) -> None:
-        """The smoothed target at every neuron, where jumps are farther apart than η."""
-        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        near, size, before, filled, low_end, high_end = map(scope.array, _OF_NEURON)
+    def _look(self, w: Writer, scope: Scope) -> None:
+        """For every neuron ∫₀^u f* and f*(u), smoothed, and, where jumps are farther apart than η,
+        how far inside the transition at a jump it is."""
+        eta, per_eta, first = map(scope.shared, ("eta", "per_eta", "first"))
+        near, size, before, filled, *_ = map(scope.array, _OF_NEURON)
         place, area, level, trim = map(scope.array, ("place", "area", "level", "trim"))
-        with w.range(1, scope.m + 1) as j:
-            u = place[j]
-            with w.when(w.any((u < low_end[j]) | (u > high_end[j]))):
-                w.call(self.locate, w.arguments[0], j)
-            beyond, tall = u - near[j], size[j]
-            t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
-            trim[j] = t
-            cube = (t * t) * t
-            spread = w.maximum(beyond, 0.0) + (eta * t) * cube
-            area[j] = filled[j] + before[j] * beyond + tall * spread
-            tail = tall * (cube * 4.0)
-            level[j] = before[j] + w.where(beyond > 0.0, tall - tail, tail)
+        jump, height, jumps = scope.array("jump"), scope.array("height"), scope.size("jumps")
+        apart = scope.size("apart") > 0
+        with w.when(apart):
+            with w.range(1, scope.m + 1) as j:
+                u = place[j]
+                beyond, tall = u - near[j], size[j]
+                t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
+                cube = (t * t) * t
+                spread = w.maximum(beyond, 0.0) + (eta * t) * cube
+                tail = tall * (cube * 4.0)
+                trim[j] = t
+                area[j] = filled[j] + before[j] * beyond + tall * spread
+                level[j] = before[j] + w.where(beyond > 0.0, tall - tail, tail)
+        with w.when(~apart):
+            with w.range(1, scope.m + 1) as j:
+                u = place[j]
+                base, mean = w.variable(first * u), w.variable(first)
+                with w.range(0, jumps) as k:
+                    z = (u - jump[k]) * per_eta
+                    tall = w.splat(height[k])
+                    base.set(base.get() + tall * (eta * ramp(w, z)))
+                    mean.set(mean.get() + tall * step(w, z))
+                area[j] = base.get()
+                level[j] = mean.get()
 
-    def _levels(self, w: Writer, scope: Scope) -> None:
-        """The same by a sum over all jumps."""
-        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        place, area, level = map(scope.array, ("place", "area", "level"))
-        jump, height = scope.array("jump"), scope.array("height")
+    def _meet(self, w: Writer, scope: Scope, y: Array, bound: Index) -> tuple[Mask, Mask]:
+        """Find every neuron's `place` and jump. Where one reaches an end of [0, 1]; and whether a
+        pair beyond the K-th neighbour overlaps."""
+        eta, place = scope.shared("eta"), scope.array("place")
+        low_end, high_end = scope.array("low_end"), scope.array("high_end")
+        low, high = eta * -0.5, 1.0 + eta * 0.5
+        inner, outer = eta * 0.5, 1.0 - eta * 0.5
+        apart = scope.size("apart") > 0
+        crossing, narrow = (w.variable(w.real(0.0) > 1.0) for _ in range(2))
+        farthest = w.variable(w.real(float("-inf")))  # of all beyond the K-th on the left
         with w.range(1, scope.m + 1) as j:
-            u = place[j]
-            base = w.variable(scope.shared("first") * u)
-            mean = w.variable(scope.shared("first"))
-            with w.range(0, scope.size("jumps")) as k:
-                z = (u - jump[k]) * per_eta
-                tall = w.splat(height[k])
-                base.set(base.get() + tall * (eta * ramp(w, z)))
-                mean.set(mean.get() + tall * step(w, z))
-            area[j] = base.get()
-            level[j] = mean.get()
+            u = w.minimum(w.maximum(y[j * 2 - 1], low), high)
+            place[j] = u
+            crossing.set(crossing.get() | (u < inner) | (u > outer))
+            lost = w.any((u < low_end[j]) | (u > high_end[j]))
+            with w.when(lost & apart):
+                w.call(self.locate, w.arguments[0], j)
+        with w.range(bound + 2, scope.m + 1) as j:
+            farthest.set(w.maximum(farthest.get(), place[j - bound - 1]))
+            narrow.set(narrow.get() | (place[j] - farthest.get() < eta))
+        return crossing.get(), narrow.get()
 
     def _gradient(self) -> Writer:
-        """gradient(table, y, g, K): g = −∇L; whether a pair beyond the K-th neighbour overlaps."""
+        """gradient(table, y, g, K): g = −∇L; whether a pair beyond the K-th neighbour overlaps.
+
+        One pass from left to right, plateau by plateau; ends and wider pairs are added after it.
+        """
         bit = ir.IntType(1)
         w, scope = self._function("gradient", (ADDRESS, ADDRESS, WHOLE), bit)
         y, g, bound = w.vectors(w.arguments[1]), w.vectors(w.arguments[2]), w.index(w.arguments[3])
         m = scope.m
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        names = ("place", "edge", "area", "level", "drift", "filling", "under", "over")
-        place, edge, area, level, drift, filling, under, over = map(scope.array, names)
-        pull, misfit, weight, lean = map(scope.array, ("pull", "misfit", "weight", "lean"))
+        place, weight, misfit, filling = map(scope.array, ("place", "weight", "misfit", "filling"))
+        near, size, level_before = map(scope.array, ("near", "size", "before"))
         low, high = eta * -0.5, 1.0 + eta * 0.5
         own = eta * _step.NEAR_MEAN[0]  # η T_ii
-        crossing = w.variable(w.real(0.0) > 1.0)
-        with w.range(1, m + 1) as j:
-            u = w.minimum(w.maximum(y[j * 2 - 1], low), high)
-            place[j] = u
-            edge[j] = u
-            before, after = y[j * 2 - 2], y[j * 2]
-            weight[j] = after - before
-            under[j] = before
-            over[j] = after
-            pull[j] = 0.0
-            misfit[j] = 0.0
-            lean[j] = 0.0
-            crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
-        place[0], edge[0], lean[0] = 0.0, 0.0, 0.0
-        pull[0], pull[m + 1] = 0.0, 0.0
-        edge[m + 1] = 1.0
-        area[0], area[m + 1] = 0.0, scope.shared("total")
+        crossing, narrow = self._meet(w, scope, y, bound)
+        self._look(w, scope)
+        area, level, trim = map(scope.array, ("area", "level", "trim"))
         apart = scope.size("apart") > 0
-        with w.when(apart):
-            self._levels_apart(w, scope)
-        with w.when(~apart):
-            self._levels(w, scope)
-        drift[0] = y[0] * place[1] + own * weight[1]
+
+        def close(j: Index, u: Real, sides: Real, pairs: Real) -> None:
+            """What neuron j at u feels."""
+            error = sides * 0.5 + (pairs - level[j])
+            error = w.where((u > low) & (u < high), error, 0.0)
+            misfit[j] = error
+            g[j * 2 - 1] = (weight[j] * error) * 2.0
+
+        weight[1] = y[2] - y[0]
+        excess = w.variable(y[0] * place[1] + own * weight[1] - area[1])  # of plateau i − 1
         filling[0] = area[1]
-        drift[m] = y[m * 2] * (1.0 - place[m]) - own * weight[m]
-        filling[m] = area[m + 1] - area[m]
+        under = w.variable(y[0])
+        pairs, lean, lean_next = (w.variable(w.real(0.0)) for _ in range(3))
+        with w.range(1, m) as i:
+            u, following = place[i], place[i + 1]
+            before, here, after = y[i * 2 - 2], y[i * 2], y[i * 2 + 2]
+            a, other = here - before, after - here
+            weight[i + 1] = other
+            gap = following - u
+            r = gap * per_eta
+            drift = w.variable(here * gap - own * (a - other))
+            fill = w.variable(area[i + 1] - area[i])
+            over, under_next = w.variable(here), w.variable(here)
+            pairs_next, lean_last = (w.variable(w.real(0.0)) for _ in range(2))
+            with w.when(w.any(r < 1.0)):
+                # Neurons i and i + 1 overlap. As they come closer their weights may grow like one
+                # over their distance, with opposite signs. The terms are arranged so that such
+                # weights only meet small factors: with h = T(r) − T(0) + r/2 and c = ½ − Q(r),
+                # which vanish like r² and r,
+                #
+                #   ½∂L/∂F_i:  F_i ηr − η (a_i − a_{i+1}) (T(0) − T(r))
+                #                = ηr (F_{i−1} + F_{i+1})/2 + η (a_i − a_{i+1}) h,
+                #   E_i:       ½(F_{i−1} + F_i) + a_{i+1} Q = ½(F_{i−1} + F_{i+1}) − a_{i+1} c.
+                bend, turn = _neighbour_terms(w, r)
+                joint = gap * ((before + after) * 0.5) + (eta * bend) * (a - other)
+                drift.set(w.where(r < 1.0, joint, drift.get()))
+                overlap = eta * w.where(r < 1.0, bend - r * 0.5 + _step.NEAR_MEAN[0], 0.0)
+                lean.set(lean.get() + other * overlap)
+                lean_last.set(-(a * overlap))
+                tight = w.abs(r) < 0.5
+                over.set(w.where(tight, after, here))
+                under_next.set(w.where(tight, before, here))
+                tail = 0.5 - turn
+                pairs.set(pairs.get() + w.where(tight, -(other * turn), other * tail))
+                pairs_next.set(w.where(tight, a * turn, -(a * tail)))
+                with w.when(apart):
+                    v = near[i]
+                    ahead = w.maximum(following - v, 0.0) - w.maximum(u - v, 0.0)
+                    first, second = trim[i], trim[i + 1]
+                    powers = (second - first) * (
+                        (second + first) * (second * second + first * first)
+                    )
+                    direct = level_before[i] * gap + size[i] * (ahead + eta * powers)
+                    same = tight & near[i + 1].equals(v)
+                    fill.set(w.where(same, direct, fill.get()))
+            filling[i] = fill.get()
+            g[i * 2 - 2] = (excess.get() + lean.get()) * -2.0
+            close(i, u, under.get() + over.get(), pairs.get())
+            excess.set(drift.get() - fill.get())
+            under.set(under_next.get())
+            pairs.set(pairs_next.get())
+            lean.set(lean_next.get())
+            lean_next.set(lean_last.get())
+        g[m * 2 - 2] = (excess.get() + lean.get()) * -2.0
+        close(m, place[m], under.get() + y[m * 2], pairs.get())
+        last = scope.shared("total") - area[m]
+        filling[m] = last
+        drift_last = y[m * 2] * (1.0 - place[m]) - own * weight[m]
+        g[m * 2] = ((drift_last - last) + lean_next.get()) * -2.0
+        beyond = w.any(crossing)
+        with w.when(beyond | (bound > 1)):
+            self._add_wider(w, scope, beyond)
+        with w.when(scope.size("reduced") > 0):
+            ridge, share = scope.shared("ridge"), scope.array("share")
+            weight[0], weight[m + 1] = y[0], 0.0
+            share[0], share[m + 1] = 1.0, 0.0
+            with w.range(0, m + 1) as k:
+                step_up, next_step = weight[k] * share[k], weight[k + 1] * share[k + 1]
+                g[k * 2] = g[k * 2] - ridge * (step_up - next_step) * 2.0
+        lane = scope.array("lane")
+        seen = narrow & (lane[LIVE] > 0.5)
+        lane[NARROW] = w.where(seen, w.real(1.0), 0.0)
+        w.give(w.any(seen))
+        return w
+
+    def _add_wider(self, w: Writer, scope: Scope, crossing: Mask) -> None:
+        """Add what pairs beyond the next neighbours, and the ends of [0, 1], do to the gradient."""
+        g, bound, m = w.vectors(w.arguments[2]), w.index(w.arguments[3]), scope.m
+        eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
+        names = ("place", "weight", "misfit", "drift", "pull", "extra")
+        place, weight, misfit, drift, pull, extra = map(scope.array, names)
+        with w.range(0, m + 2) as j:
+            drift[j] = 0.0
+            pull[j] = 0.0
+            extra[j] = 0.0
         with w.range(1, m) as i:
             a, u = weight[i], place[i]
-            gap, other = place[i + 1] - u, weight[i + 1]
-            drift[i] = y[i * 2] * gap - own * (a - other)
-            filling[i] = area[i + 1] - area[i]
-            r = gap * per_eta
-            with w.when(w.any(r < 1.0)):
-                self._neighbours(w, scope, y, i, r, gap)
-            own_pull, own_misfit = w.variable(pull[i]), w.variable(misfit[i])
+            own_pull, own_misfit = w.variable(pull[i]), w.variable(extra[i])
             end = self._least(w, i + bound, m)
             with w.range(i + 2, end + 1) as j:
                 r = (place[j] - u) * per_eta
@@ -464,77 +541,19 @@ class Program:
                     own_pull.set(own_pull.get() + other * overlap)
                     own_misfit.set(own_misfit.get() + other * tail)
                     pull[j] = pull[j] + a * overlap
-                    misfit[j] = misfit[j] - a * tail
+                    extra[j] = extra[j] - a * tail
             pull[i] = own_pull.get()
-            misfit[i] = own_misfit.get()
-        # the nearest of all neurons beyond the K-th neighbour
-        nearest = w.variable(w.real(float("inf")))
-        narrow = w.variable(w.real(0.0) > 1.0)
-        with w.range(m - bound - 1, 0, -1) as i:
-            nearest.set(w.minimum(nearest.get(), place[i + bound + 1]))
-            narrow.set(narrow.get() | (nearest.get() - place[i] < eta))
-        with w.when(w.any(crossing.get())):
+            extra[i] = own_misfit.get()
+        with w.when(crossing):
             w.call(self.edges, w.arguments[0], w.arguments[1])
-        with w.when(scope.size("reduced") > 0):
-            ridge, share = scope.shared("ridge"), scope.array("share")
-            weight[0], weight[m + 1] = y[0], 0.0
-            share[0], share[m + 1] = 1.0, 0.0
-            with w.range(0, m + 1) as k:
-                step_up, next_step = weight[k] * share[k], weight[k + 1] * share[k + 1]
-                lean[k] = lean[k] + ridge * (step_up - next_step)
+        low, high = eta * -0.5, 1.0 + eta * 0.5
         with w.range(0, m + 1) as k:
-            excess = (drift[k] - filling[k]) + lean[k]
-            g[k * 2] = (excess - eta * (pull[k] - pull[k + 1])) * -2.0
+            g[k * 2] = g[k * 2] - (drift[k] - eta * (pull[k] - pull[k + 1])) * 2.0
         with w.range(1, m + 1) as j:
             u = place[j]
-            inside = (u > low) & (u < high)
-            error = (under[j] + over[j]) * 0.5 + (misfit[j] - level[j])
-            error = w.where(inside, error, 0.0)
+            error = w.where((u > low) & (u < high), misfit[j] + extra[j], 0.0)
             misfit[j] = error
             g[j * 2 - 1] = (weight[j] * error) * 2.0
-        lane = scope.array("lane")
-        narrow.set(narrow.get() & (lane[LIVE] > 0.5))
-        lane[NARROW] = w.where(narrow.get(), w.real(1.0), 0.0)
-        w.give(w.any(narrow.get()))
-        return w
-
-    def _neighbours(self, w: Writer, scope: Scope, y: Array, i: Index, r: Real, gap: Real) -> None:
-        """Neurons i and i + 1 where they overlap.
-
-        As they come closer their weights may grow like one over their distance, with opposite
-        signs. The terms are arranged so that such weights only meet small factors: with
-        h = T(r) − T(0) + r/2 and c = ½ − Q(r), which vanish like r² and r,
-
-            ½∂L/∂F_i:  F_i ηr − η (a_i − a_{i+1}) (T(0) − T(r))
-                         = ηr (F_{i−1} + F_{i+1})/2 + η (a_i − a_{i+1}) h,
-            E_i:       ½(F_{i−1} + F_i) + a_{i+1} Q = ½(F_{i−1} + F_{i+1}) − a_{i+1} c.
-        """
-        names = ("drift", "lean", "filling", "under", "over", "misfit", "weight", "place")
-        drift, lean, filling, under, over, misfit, weight, place = map(scope.array, names)
-        eta = scope.shared("eta")
-        a, other = weight[i], weight[i + 1]
-        bend, turn = _neighbour_terms(w, r)
-        outer = (y[i * 2 - 2] + y[i * 2 + 2]) * 0.5
-        near = gap * outer + (eta * bend) * (a - other)
-        drift[i] = w.where(r < 1.0, near, drift[i])
-        overlap = eta * w.where(r < 1.0, bend - r * 0.5 + _step.NEAR_MEAN[0], 0.0)
-        lean[i - 1] = lean[i - 1] + other * overlap
-        lean[i + 1] = lean[i + 1] - a * overlap
-        close = w.abs(r) < 0.5
-        over[i] = w.where(close, y[i * 2 + 2], over[i])
-        under[i + 1] = w.where(close, y[i * 2 - 2], under[i + 1])
-        tail = 0.5 - turn
-        misfit[i] = misfit[i] + w.where(close, -(other * turn), other * tail)
-        misfit[i + 1] = misfit[i + 1] + w.where(close, a * turn, -(a * tail))
-        with w.when(scope.size("apart") > 0):
-            jump, size, before, trim = map(scope.array, ("near", "size", "before", "trim"))
-            v = jump[i]
-            ahead = w.maximum(place[i + 1] - v, 0.0) - w.maximum(place[i] - v, 0.0)
-            first, second = trim[i], trim[i + 1]
-            powers = (second - first) * ((second + first) * (second * second + first * first))
-            direct = before[i] * gap + size[i] * (ahead + eta * powers)
-            same = close & jump[i + 1].equals(v)
-            filling[i] = w.where(same, direct, filling[i])
 
     @staticmethod
     def _least(w: Writer, first: Index, second: Index) -> Index:
@@ -648,8 +667,8 @@ class Program:
         bound = w.index(w.arguments[2])
         m, jumps, stride = scope.m, scope.size("jumps"), scope.stride
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
-        names = ("place", "edge", "misfit", "weight", "share", "count", "band")
-        place, edge, misfit, weight, share, count, band = map(scope.array, names)
+        names = ("place", "misfit", "weight", "share", "count", "band")
+        place, misfit, weight, share, count, band = map(scope.array, names)
         place[m + 1] = 1.0
         jump, height, near, size = map(scope.array, ("jump", "height", "near", "size"))
         apart = scope.size("apart") > 0
@@ -664,6 +683,7 @@ class Program:
         hold[0], hold[m + 1] = firm, 0.0
         with w.range(1, m + 1) as j:
             hold[j] = firm * share[j]
+        reached = w.variable(w.real(0.0))  # beyond 1, by the transition of the neuron before
         with w.range(0, m + 1) as k:
             # 2(u_{k+1} − u_k) − 2η (T_kk + T_{k+1,k+1} − 2T_{k,k+1}); the ends have one neuron
             gap = place[k + 1] - place[k]
@@ -673,8 +693,13 @@ class Program:
             with w.when((k > 0) & (k < m) & w.any(r < 1.0)):
                 bend = _neighbour_terms(w, r)[0]
                 width.set(w.where(r < 1.0, (eta * bend) * 2.0, width.get()))
-            cut = (edge[k + 1] - place[k + 1]) - (edge[k] - place[k])
-            band[k * 2 * stride] = (width.get() + cut) * 2.0 + (hold[k] + hold[k + 1])
+            beyond = w.where(
+                k.equals(m), w.real(0.0), eta * ramp(w, (place[k + 1] - 1.0) * per_eta)
+            )
+            band[k * 2 * stride] = (width.get() + (reached.get() - beyond)) * 2.0 + (
+                hold[k] + hold[k + 1]
+            )
+            reached.set(beyond)
         crossing = w.variable(w.real(0.0) > 1.0)
         with w.range(1, m + 1) as j:
             a, error, u = weight[j], misfit[j], place[j]
@@ -711,9 +736,47 @@ class Program:
 
     # --- banded LDLᵀ ---
 
+    def _for_bound(self, name: str, extra: tuple[Any, ...], narrow: Any, wide: Any) -> Writer:
+        """A function whose last argument is K: narrow bands have code of their own."""
+        functions = {bound: narrow(bound) for bound in range(NARROW_BANDS)}
+        general = wide()
+        w, _ = self._function(name, (*extra, WHOLE))
+        bound = w.index(w.arguments[-1])
+        for case, function in functions.items():
+            with w.when(bound.equals(case)):
+                w.call(function, *w.arguments)
+        with w.when(bound >= NARROW_BANDS):
+            w.call(general, *w.arguments)
+        w.give()
+        return w
+
     def _factor(self) -> Writer:
         """factor(table, K): L and 1/D in place of S."""
-        w, scope = self._function("factor", (WHOLE,))
+        return self._for_bound("factor", (), self._factor_narrow, self._factor_wide)
+
+    def _factor_narrow(self, bound: int) -> Writer:
+        """The same for one K, without inner loops."""
+        w, scope = self._function(f"factor_{bound}", (WHOLE,))
+        width, stride = 2 * bound + 2, 2 * bound + 3
+        band, inverse = scope.array("band"), scope.array("inverse")
+        with w.range(0, scope.rows) as k:
+            place = k * stride
+            d = 1.0 / band[place]
+            inverse[k] = d
+            # rows beyond the last are zero, and stay so
+            column = [band[place + i * (stride + 1)] for i in range(1, width + 1)]
+            for i, value in enumerate(column, start=1):
+                ratio = Real(w, (value * d).ir)
+                row = place + i * stride
+                for j in range(1, i + 1):
+                    band[row + (i - j)] = band[row + (i - j)] - ratio * column[j - 1]
+                band[row + i] = ratio
+        w.give()
+        return w
+
+    def _factor_wide(self) -> Writer:
+        """The same for any K."""
+        w, scope = self._function("factor_wide", (WHOLE,))
         bound = w.index(w.arguments[1])
         width, stride, rows = bound * 2 + 2, scope.stride, scope.rows
         band, inverse = scope.array("band"), scope.array("inverse")
@@ -725,7 +788,7 @@ class Program:
                 row = (k + i) * stride
                 value = band[row + i]
                 with w.when(w.any(~value.equals(0.0))):
-                    ratio = value * d
+                    ratio = Real(w, (value * d).ir)
                     with w.range(1, i) as j:
                         place = row + i - j
                         band[place] = band[place] - ratio * band[(k + j) * stride + j]
@@ -740,18 +803,8 @@ class Program:
         return w
 
     def _solve(self) -> Writer:
-        """solve(table, x, K): x ← S⁻¹ x; narrow bands have code of their own."""
-        narrow = {bound: self._solve_narrow(bound) for bound in (1, 2, 3, 4, 5, 6)}
-        wide = self._solve_wide()
-        w, _ = self._function("solve", (ADDRESS, WHOLE))
-        bound = w.index(w.arguments[2])
-        for case, function in narrow.items():
-            with w.when(bound.equals(case)):
-                w.call(function, *w.arguments)
-        with w.when(bound > max(narrow)):
-            w.call(wide, *w.arguments)
-        w.give()
-        return w
+        """solve(table, x, K): x ← S⁻¹ x."""
+        return self._for_bound("solve", (ADDRESS,), self._solve_narrow, self._solve_wide)
 
     def _solve_narrow(self, bound: int) -> Writer:
         """The same for one K, with the last results in registers."""
@@ -812,7 +865,7 @@ class Program:
         rows = scope.rows
         done = w.variable(w.index(0))
         with w.repeat() as turn:
-            self._forget(w, scope)
+            self._forget(w, scope, y)
             narrow = self._gradient_of(w, y, right, bound.get())
             narrow = narrow & (bound.get() < scope.size("widest_band"))
             bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
@@ -910,7 +963,7 @@ class Program:
         return Mask(w, w.call(self.gradient, w.arguments[0], y.base, g.base, bound))
 
     def _band(self) -> Writer:
-        """band(table): the number K of neighbours that overlap in some lane, at least 1.
+        """band(table): the number K of neighbours that overlap in some lane.
 
         The number of each lane is left in `lane[OVERLAPS]`.
         """
@@ -933,16 +986,17 @@ class Program:
             turn.stop_if(~w.any(found.get()))
             count.set(further)
             lane[OVERLAPS] = w.where(found.get(), w.to_real(further), lane[OVERLAPS])
-        w.give(w.where(count.get() < 1, w.index(1), count.get()))
+        w.give(count.get())
         return w
 
     def _attempt(self) -> Writer:
         """attempt(table, K): k_i and y at the end of a step; the K that was wide enough."""
         w, scope = self._function("attempt", (WHOLE,), WHOLE)
         bound = w.variable(w.index(w.arguments[1]))
-        names = ("state", "next", "stage", "right", "slope", "stages", "lane", "share", "count")
-        state, following, stage, right, slope, stages, lane, share, count = map(scope.array, names)
+        names = ("state", "next", "stage", "stages", "lane", "share", "count")
+        state, following, stage, stages, lane, share, count = map(scope.array, names)
         rows, m, widest = scope.rows, scope.m, scope.size("widest_band")
+        k = [stages.offset(rows * i) for i in range(STAGES)]
         lane[WILD] = 0.0
         share[0] = 1.0
         with w.range(1, m + 1) as j:
@@ -957,65 +1011,76 @@ class Program:
                 bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
                 turn.again_if(narrow)
 
-            self._forget(w, scope)
+            self._forget(w, scope, state)
             # the band has room for every state
-            narrow = self._gradient_of(w, state, slope, bound.get())
+            narrow = self._gradient_of(w, state, k[0], bound.get())
             bound.set(w.where(narrow, self._wider(scope, bound.get()), bound.get()))
             turn.again_if(narrow)
             w.call(self.hessian, w.arguments[0], state.base, bound.get())
             w.call(self.factor, w.arguments[0], bound.get())
-            epsilon, per_step = lane[EPSILON], 1.0 / lane[STEP_SIZE]
-            k = [stages.offset(rows * i) for i in range(STAGES)]
-            for i in range(STAGES):
-                now = k[i]
-                if i == 0:
-                    with w.range(0, rows) as row:
-                        now[row] = slope[row]
-                else:
-                    # the last two stages differ from the one before by its k alone
-                    ahead = i >= 6
-                    with w.range(0, rows) as row:
-                        if ahead:
-                            stage[row] = stage[row] + k[i - 1][row]
-                        else:
-                            moved = state[row]
-                            for j in range(i):
-                                if A[i, j]:
-                                    moved = moved + k[j][row] * float(A[i, j])
-                            stage[row] = moved
-                    self._tame(w, scope)
-                    widen_if(self._gradient_of(w, stage, now, bound.get()))
-                    with w.range(0, rows) as row:
-                        mixed = k[0][row] * float(C[i, 0])
-                        for j in range(1, i):
-                            mixed = mixed + k[j][row] * float(C[i, j])
-                        right[row] = Real(w, mixed.ir) * per_step
-                    # M: on F the second difference of the groups' shares
-                    fast = Real(w, epsilon.ir)
-                    flux = w.variable(right[0] * share[0])
-                    with w.range(0, m) as j:
-                        ahead_flux = (right[j * 2 + 2] - right[j * 2]) * share[j + 1]
-                        now[j * 2] = now[j * 2] + fast * (flux.get() - ahead_flux)
-                        flux.set(ahead_flux)
-                        now[j * 2 + 1] = now[j * 2 + 1] + right[j * 2 + 1] * count[j + 1]
-                    now[m * 2] = now[m * 2] + fast * flux.get()
-                w.call(self.solve, w.arguments[0], now.base, bound.get())
+            w.call(self.solve, w.arguments[0], k[0].base, bound.get())
+            for i in range(1, STAGES):
+                self._move(w, scope, i)
+                widen_if(self._gradient_of(w, stage, k[i], bound.get()))
+                self._mix(w, scope, i)
+                w.call(self.solve, w.arguments[0], k[i].base, bound.get())
             with w.range(0, rows) as row:
                 following[row] = stage[row] + k[STAGES - 1][row]
             turn.stop_if(w.true)
         w.give(bound.get())
         return w
 
-    def _tame(self, w: Writer, scope: Scope) -> None:
-        """Give lanes whose stage is wild their state back; their step will be rejected."""
-        state, stage, lane = map(scope.array, ("state", "stage", "lane"))
+    def _move(self, w: Writer, scope: Scope, i: int) -> None:
+        """y_i. Lanes in which it is wild get their state back; their step will be rejected."""
+        state, stage, stages, lane = map(scope.array, ("state", "stage", "stages", "lane"))
+        k = [stages.offset(scope.rows * j) for j in range(i)]
         wild, farthest = w.variable(lane[WILD] > 0.5), scope.shared("eta") * FARTHEST
-        with w.range(1, scope.rows, 2) as row:
-            wild.set(wild.get() | ~(w.abs(stage[row] - state[row]) <= farthest))
+
+        def moved(row: Index, origin: Real) -> Real:
+            if i >= 6:  # the last two stages differ from the one before by its k alone
+                return stage[row] + k[i - 1][row]
+            for j in range(i):
+                if A[i, j]:
+                    origin = origin + k[j][row] * float(A[i, j])
+            return origin
+
+        with w.range(0, scope.rows - 1, 2) as row:
+            stage[row] = moved(row, state[row])
+            before = state[row + 1]
+            place = moved(row + 1, before)
+            stage[row + 1] = place
+            wild.set(wild.get() | ~(w.abs(place - before) <= farthest))
+        stage[scope.rows - 1] = moved(scope.rows - 1, state[scope.rows - 1])
         with w.when(w.any(wild.get())):
             lane[WILD] = w.where(wild.get(), w.real(1.0), 0.0)
             with w.range(0, scope.rows) as row:
                 stage[row] = w.where(wild.get(), state[row], stage[row])
+
+    def _mix(self, w: Writer, scope: Scope, i: int) -> None:
+        """Add M Σ_j (C_ij/h) k_j to −∇L(y_i); on F, M is the second difference of the shares."""
+        stages, lane, share, count = map(scope.array, ("stages", "lane", "share", "count"))
+        k = [stages.offset(scope.rows * j) for j in range(i)]
+        now, per_step = stages.offset(scope.rows * i), 1.0 / lane[STEP_SIZE]
+        epsilon = Real(w, lane[EPSILON].ir)
+
+        def mixed(row: Index | int) -> Real:
+            total = k[0][row] * float(C[i, 0])
+            for j in range(1, i):
+                total = total + k[j][row] * float(C[i, j])
+            return Real(w, (Real(w, total.ir) * per_step).ir)
+
+        last = w.variable(mixed(0))
+        flux = w.variable(last.get() * share[0])
+        with w.range(0, scope.rows - 1, 2) as row:
+            j = Index(w, w.builder.lshr(row.ir, ir.Constant(WHOLE, 1)))
+            following = mixed(row + 2)
+            ahead = (following - last.get()) * share[j + 1]
+            now[row] = now[row] + epsilon * (flux.get() - ahead)
+            now[row + 1] = now[row + 1] + mixed(row + 1) * count[j + 1]
+            flux.set(ahead)
+            last.set(following)
+        final = scope.rows - 1
+        now[final] = now[final] + epsilon * flux.get()
 
     @staticmethod
     def _wider(scope: Scope, bound: Index) -> Index:
@@ -1080,11 +1145,11 @@ class Program:
         """refill(table, lane): take the next start from the queue, or come to rest."""
         w, scope = self._function("refill", (WHOLE,))
         lane = w.index(w.arguments[1])
-        start = w.take_next(scope.array("queue"))
+        turn = w.take_next(scope.array("queue"))
         starts, rows, m = scope.size("starts"), scope.rows, scope.m
         self._put(scope, "lane", LIVE, lane, 0.0)
         self._put(scope, "lane", TIME, lane, 0.0)
-        with w.when(start >= starts):
+        with w.when(turn >= starts):
             # a lane at rest holds the first start, and takes steps that come to nothing
             self._put(scope, "lane", STEP_SIZE, lane, scope.number("least_step"))
             self._put(scope, "lane", EPSILON, lane, 1.0)
@@ -1093,7 +1158,8 @@ class Program:
                 self._put(scope, "state", row, lane, given[row])
             with w.range(1, m + 1) as j:
                 self._put(scope, "share", j, lane, 1.0)
-        with w.when(start < starts):
+        with w.when(turn < starts):
+            start = scope.array("visits")[turn]
             self._put(scope, "lane", LIVE, lane, 1.0)
             epsilon = scope.array("start_epsilon")[start]
             self._put(scope, "lane", EPSILON, lane, epsilon)
@@ -1328,7 +1394,7 @@ class Program:
                     which = scope.array("which")[group + each]
                     scope.array("condition")[which] = self._get(scope, "right", 0, each)
             with w.repeat() as turn:
-                self._forget(w, scope)
+                self._forget(w, scope, state)
                 narrow = self._gradient_of(w, state, right, bound.get())
                 turn.stop_if(~narrow | (bound.get() >= scope.size("widest_band")))
                 bound.set(self._wider(scope, bound.get()))

@@ -43,6 +43,24 @@ def _entries(lanes: int) -> tuple[Any, dict[str, Any]]:
     return engine, entries
 
 
+def _visits(places: np.ndarray, eta: float) -> np.ndarray:
+    """The order in which starts are taken up, `[starts]`, from positions `[starts, m]` in order.
+
+    Lanes of a vector share the width of the band, the corrections at the ends of [0, 1] and the
+    pairs of neighbours that are computed, so starts that are alike go side by side. Those with the
+    widest band, which take longest, go first.
+    """
+    m = places.shape[1]
+    band, close = np.zeros(len(places), int), places[:, 1:] - places[:, :-1] < eta
+    for k in range(1, m):
+        wide = np.any(places[:, k:] - places[:, :-k] < eta, axis=1)
+        if not np.any(wide):
+            break
+        band[wide] = k
+    at_end = np.any((places < eta / 2) | (places > 1 - eta / 2), axis=1)
+    return np.lexsort((*close.T[::-1], at_end, -band))
+
+
 @functools.lru_cache(maxsize=64)
 def _layout(lanes: int, neurons: int, stride: int) -> tuple[int, list[int]]:
     """Where the vectors of a thread begin, in numbers of one block, and the block's length."""
@@ -205,13 +223,15 @@ def _solve_chunk(
     threads: int,
 ) -> None:
     """Solve starts, given as in `_solve_groups`, into `answer`."""
+    from tts_jax._simd.machine import vector_lanes
     from tts_jax.problems._banded_program import NUMBERS, SIZES
 
     bias, weights, places, count, labels, epsilon = given
     starts, m = places.shape
     threads = min(threads, starts)
     if lanes is None:
-        lanes = 4 if starts <= FEW * threads or m > MANY else 8
+        widest = vector_lanes(np.dtype(float))
+        lanes = 4 if starts <= FEW * threads or m > MANY else max(widest, 4)
     entries = _entries(lanes)[1]
     times, rows, reduced = tau.size, 2 * m + 1, not np.any(epsilon)
     start = np.empty((starts, rows))
@@ -239,7 +259,7 @@ def _solve_chunk(
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,
     }
-    # a band of this many neighbours or more is refused, and none is narrower than 1
+    # a band of this many neighbours or more is refused, and a wider one has room for one at least
     widest = min(max(m, 2), WIDEST)
     sizes = {
         "neurons": m,
@@ -254,7 +274,9 @@ def _solve_chunk(
         "apart": int(jumps.size > 0 and np.all(np.diff(jumps) > 1.01 * eta)),
     }
     reach = np.full((jumps.size, 2), (-np.inf, np.inf))
+    cell = reach.copy()
     reach[1:, 0], reach[:-1, 1] = jumps[:-1] + eta / 2, jumps[1:] - eta / 2
+    cell[1:, 0] = cell[:-1, 1] = (jumps[:-1] + jumps[1:]) / 2
     recorded = np.zeros(starts, np.int64)
     shared = {
         "numbers": np.array([numbers[name] for name in NUMBERS]),
@@ -265,6 +287,8 @@ def _solve_chunk(
         "jump_filled": np.cumsum(values[:-1] * lengths[:-1]),
         "jump_low": reach[:, 0].copy(),
         "jump_high": reach[:, 1].copy(),
+        "jump_low_cell": cell[:, 0].copy(),
+        "jump_high_cell": cell[:, 1].copy(),
         "queue": np.zeros(1, np.int64),
         "tau": np.append(tau, np.inf),
         "start_state": start,
@@ -284,6 +308,7 @@ def _solve_chunk(
         "record_count": recorded,
         "reached": answer["reached"],
         "which": np.arange(starts),
+        "visits": _visits(places, eta),
     }
     works = [_Work(lanes, m, 2 * widest + 3, shared) for _ in range(threads)]
 
