@@ -37,6 +37,10 @@ ELSEWHERE = (
     "benchmarks/flow_results.png",
 )
 SECTION = "Results"
+_INDEXED = re.compile(
+    r"(?<![A-Za-z0-9_])(argmin|[A-Za-zα-ωΑ-Ω∇∂]{1,2})_(ij|ji|min|max|[a-z0-9])(?![A-Za-z0-9])"
+)
+_SIDES = {"l": r"\left", "r": r"\right"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -96,10 +100,16 @@ def mathml(source: str, display: bool) -> str:
     """
     # the same thing by another name; KaTeX and MathJax know both
     source = re.sub(r"\b(aligned|gathered)\b", "split", source.strip())
+    # a bracket that grows with what it holds sits on the line in every browser
+    source = re.sub(r"\\[bB]igg?(l|r)\b", lambda found: _SIDES[found[1]], source)
     answer = convert(source, display="block" if display else "inline")
     unknown = re.findall(r"\\\w+|<m\w+>&</m\w+>", answer)
     if unknown:
         raise ValueError(f"not known to latex2mathml: {unknown}")
+    # no space around a slash and inside of bars
+    answer = re.sub(
+        r"<mo( [^>]*)?>(&#x0002F;|&#x0007C;)</mo>", r'<mo\1 lspace="0" rspace="0">\2</mo>', answer
+    )
     # browsers draw letters of other alphabets, not the attribute that asks for them
     return re.sub(
         r'<mi mathvariant="(double-struck|script|bold)">(?:&#x(\w+);|(\w))</mi>',
@@ -133,11 +143,11 @@ class Typography(griffe.Extension):
 
 def typeset(docstring: str) -> str:
     """`docstring` with subscripts and stars as HTML, outside of code."""
-    parts = re.split(r"(`[^`]*`|(?m:^ {4,}.*\n(?=\n|\Z)))", docstring)
+    # code is between backticks, or an indented paragraph
+    parts = re.split(r"(`[^`]*`|\n\n(?: {4,}.*(?:\n|\Z))+)", docstring)
     for index in range(0, len(parts), 2):
-        text = re.sub(r"(?<=[\w)])\*(?![\w*])", "<sup>*</sup>", parts[index])
-        letter = r"(?<![A-Za-z0-9_])([A-Za-zα-ωΑ-Ω∇∂ΣΨσ₀₁]+?)_(ij|ji|min|max|[a-z0-9])(?![A-Za-z0-9])"
-        parts[index] = re.sub(letter, r"\1<sub>\2</sub>", text)
+        text = re.sub(r"(?<=[\w)])\*(?![\w*])", "<sup>∗</sup>", parts[index])
+        parts[index] = _INDEXED.sub(r"\1<sub>\2</sub>", text)
     return "".join(parts)
 
 
@@ -154,7 +164,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(source.replace(".ipynb)", ".md)"))
             continue
         source = source.replace("%matplotlib inline\n", "")
         parts.append(f"```python\n{source}\n```")
@@ -179,7 +189,7 @@ def _commands() -> str:
     """The help of all commands."""
     from tts_jax import cli
 
-    os.environ["COLUMNS"] = "88"
+    os.environ["COLUMNS"] = "80"
     names = list(cli.APP._subcommands)
     return "\n\n".join(
         f"## tts-jax{command and ' '}{command}\n\n```text\n{_help(cli.main, command)}\n```"

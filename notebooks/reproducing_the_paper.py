@@ -15,18 +15,18 @@
 # # Reproducing the paper
 #
 # Marion & Berthier, *Leveraging the two-timescale regime to demonstrate convergence of neural
-# networks* (NeurIPS 2023, arXiv 2304.09576), claim that a shallow network whose outer weights
-# learn much faster than its neurons move recovers a piecewise-constant target, and that at equal
-# learning rates it does not. Their experiment is one run of each kind, and a box plot over ε.
+# networks* (NeurIPS 2023, arXiv 2304.09576), claim that a shallow network whose outer weights learn
+# much faster than its neurons move recovers a piecewise-constant target, and that at equal learning
+# rates it does not. Their experiment is one run of each kind, and a box plot over ε.
 #
 # Here are the same experiments with many seeds each. The settings are those of the published
-# configurations: five jumps, $m = 20$ neurons of width $\eta = 0.004$, label noise uniform on $[-1, 1]$,
-# one sample per step. At the scale `"paper"` the two-timescale runs take the paper's $h = 10^{-5}$,
-# 1.75e8 steps each; at `"quick"` $h = 10^{-3}$, which the published code has as its quick setting. Seed 0
-# starts from the published positions.
+# configurations: five jumps, $m = 20$ neurons of width $\eta = 0.004$, label noise uniform on
+# $[-1, 1]$, one sample per step. At the scale `"paper"` the two-timescale runs take the paper's
+# $h = 10^{-5}$, 1.75e8 steps each; at `"quick"` $h = 10^{-3}$, which the published code has as its
+# quick setting. Seed 0 starts from the published positions.
 #
-# Times are slow times $\tau = \varepsilon h k$ with the loss $\int(f - f^*)^2$. The paper's text has
-# a ½ in the loss: its times are twice ours.
+# Times are slow times $\tau = \varepsilon h k$ with the loss $\int(f - f^*)^2$. The paper's text
+# has a ½ in the loss: its times are twice ours.
 
 # %%
 # %matplotlib inline
@@ -54,8 +54,8 @@ def report(name, run):
 # %% [markdown]
 # ## Figures 3 and 4: two timescales
 #
-# $\varepsilon = 2\cdot 10^{-5}$, to $\tau = 0.035$. The paper compares SGD with the two-timescale limit; we
-# put the gradient flow at the same ε between them.
+# $\varepsilon = 2\cdot 10^{-5}$, to $\tau = 0.035$. The paper compares SGD with the two-timescale
+# limit; we put the gradient flow at the same ε between them.
 
 # %%
 slow = paper.two_timescale(SCALE, seeds=SEEDS, methods=("sgd", "flow", "limit"))
@@ -66,13 +66,13 @@ for name, run in slow.items():
 paper.draw_figure4(slow)
 
 # %% [markdown]
-# (a, b) the network of seed 0, (c) its loss, (d) the loss of all seeds, (e) its neurons. As in the paper,
-# the weights fit at once what the positions allow, then for each jump the nearer of its two
+# (a, b) the network of seed 0, (c) its loss, (d) the loss of all seeds, (e) its neurons. As in the
+# paper, the weights fit at once what the positions allow, then for each jump the nearer of its two
 # neurons moves to it, and SGD stays near the limit.
 #
-# What one run does not show: not every seed is done by $\tau = 0.035$. Hitting times go like a distance
-# over the squared height of the jump, and the sharp limit, $\eta \to 0$, has them in closed form event
-# by event:
+# What one run does not show: not every seed is done by $\tau = 0.035$. Hitting times go like a
+# distance over the squared height of the jump, and the sharp limit, $\eta \to 0$, has them in
+# closed form event by event:
 
 # %%
 settings = paper.settings_of("two_timescale", SCALE, SEEDS)
@@ -109,8 +109,8 @@ for name, run in same.items():
 paper.draw_figure5(same)
 
 # %% [markdown]
-# A jump is missed (triangles) although the run is long over: neurons moved before the weights
-# could tell them where to, and came to rest elsewhere. The gradient flow misses jumps from most of these
+# A jump is missed (triangles) although the run is long over: neurons moved before the weights could
+# tell them where to, and came to rest elsewhere. The gradient flow misses jumps from most of these
 # starts too: the noise of SGD makes it worse, but is not the reason.
 #
 # ## Figure 7: between the two
@@ -130,11 +130,12 @@ paper.draw_figure7(boxes)
 #
 # | claim | here |
 # |---|---|
-# | two timescales: neurons settle on the jumps, SGD follows the limit | yes, on the seeds whose last hit is in time |
+# | two timescales: neurons settle on the jumps | yes, where the last hit is in time |
+# | SGD follows the limit | yes |
 # | equal rates: some jump is missed | yes, on most seeds; a share of them recovers all |
 # | the final loss falls with ε | yes, by more than an order of magnitude from ε = 1 to 0.01 |
-# | ε = 2e-5 is the limit ε → 0 | in outcome; neurons are about a width from the limit, [another article](convergence.md) |
-# | Theorem 1 explains the run | it is not about it: it asks for $m \ge 352$ neurons at δ = 0.05, the experiment has 20 |
+# | ε = 2e-5 is the limit ε → 0 | in outcome; neurons are [a width away](convergence.ipynb) |
+# | Theorem 1 explains the run | it asks for $m \ge 352$ at δ = 0.05; the experiment has 20 |
 #
 # One thing of the published code is not as in the text: its gradient in the positions has a box of
 # width η in place of the derivative of the step. Both have the same mean as η → 0, but not the same

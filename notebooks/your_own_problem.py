@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Your own problem in forty lines
 #
-# Fitting a sum of decaying exponentials is a classic that is linear in the amplitudes and
-# badly nonlinear in the rates. Golub & Pereyra's *variable projection* (1973) eliminates the
-# amplitudes: at every step they are the least-squares ones. That is the limit $\varepsilon \to 0$
-# of a two-timescale system, with the amplitudes $y$ fast and the logarithms of the rates $x$ slow:
+# Fitting a sum of decaying exponentials is a classic that is linear in the amplitudes and badly
+# nonlinear in the rates. Golub & Pereyra's *variable projection* (1973) eliminates the amplitudes:
+# at every step they are the least-squares ones. That is the limit $\varepsilon \to 0$ of a
+# two-timescale system, with the amplitudes $y$ fast and the logarithms of the rates $x$ slow:
 #
 # $$f(t; y, x) = \sum_{j=1}^m y_j\, e^{-r_j t}, \quad r_j = e^{x_j}, \qquad
 # L(y, x) = \int_0^\infty \bigl(f(t; y, x) - f^*(t)\bigr)^2 e^{-t}\,dt .$$
@@ -45,12 +45,13 @@ SMALL = os.environ.get("TTS_JAX_NOTEBOOK_SCALE", "full") == "small"
 # ## The class
 #
 # Three methods for `flow` and `limit`: `init`, `loss` and `critical`. Two more for `sgd`: a sample
-# is a time $t$ with the density $e^{-t}$, drawn from the seed's key and the number of the
-# step and from nothing else.
+# is a time $t$ with the density $e^{-t}$, drawn from the seed's key and the number of the step and
+# from nothing else.
 #
-# `lanes = True` promises that `sample_loss` also takes arrays that end in an axis of seeds. The sums
-# over axis 0 are what keeps the promise: amplitudes are `[m]` or `[m, seeds]`, times are `[]` or
-# `[seeds]`. All seeds then move together.
+# `lanes = True` promises that `sample_loss` also takes arrays that end in an axis of seeds. The
+# sums over axis 0 are what keeps the promise: amplitudes are `[m]` or `[m, seeds]`, times are `[]`
+# or `[seeds]`. All seeds then move together.
+
 
 # %%
 class Exponentials(tts.AbstractProblem):
@@ -126,11 +127,11 @@ print(f"slope for ε ≤ 0.01: {slope:.2f}")
 
 # %% [markdown]
 # Order one, as it must be: the smallest eigenvalue of the Gram matrix stays away from zero here, so
-# that the amplitudes relax in a time of order ε. Let the two rates approach each other and it
-# would not.
+# that the amplitudes relax in a time of order ε. Let the two rates approach each other and it would
+# not.
 #
-# **Does SGD follow?** Each step sees one time $t$. The noise of single samples is large where the loss
-# is, and vanishes at the solution, because the target can be fitted exactly.
+# **Does SGD follow?** Each step sees one time $t$. The noise of single samples is large where the
+# loss is, and vanishes at the solution, because the target can be fitted exactly.
 
 # %%
 sgd = tts.sgd(
@@ -167,16 +168,16 @@ for epsilon, loss in zip(epsilons[::-1], flow.loss[::-1, at], strict=True):
 
 # %% [markdown]
 # Not here. Even in slow time a moderate ε does no worse than the limit, and in fast time, the one
-# that counts for those who take steps of the size $h$, it is there $1/\varepsilon$ times earlier. The
-# two-timescale regime is worth its price where the full landscape has traps that the reduced one has
-# not, as for [the paper's network](reproducing_the_paper.md). Here it is a way to understand
-# the dynamics, not to speed them up.
+# that counts for those who take steps of the size $h$, it is there $1/\varepsilon$ times earlier.
+# The two-timescale regime is worth its price where the full landscape has traps that the reduced
+# one has not, as for [the paper's network](reproducing_the_paper.ipynb). Here it is a way to
+# understand the dynamics, not to speed them up.
 #
 # ## What came for free
 #
-# A trajectory knows the names of its axes, because the class has `dims`; files and statuses are those
-# of every other problem. Derivatives go through flow and limit too, with respect to the start, to ε, and
-# to the fields of the class.
+# A trajectory knows the names of its axes, because the class has `dims`; files and statuses are
+# those of every other problem. Derivatives go through flow and limit too, with respect to the
+# start, to ε, and to the fields of the class.
 
 # %%
 sgd.to_xarray()

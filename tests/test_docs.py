@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands parse, its names exist and its reference is whole."""
+"""The documentation: its code runs, its commands and names exist, its reference is whole."""
 
 import functools
 import html
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
 SETUP = "docs/howto/index.md"  # its block is what the other how-to pages assume
-SLOW = {"docs/howto/differentiate.md", "docs/howto/own_problem.md"}
+SLOW = {f"docs/howto/{name}.md" for name in ("differentiate", "own_problem", "precision", "sweeps")}
 
 # Runs every page's blocks in one namespace each, in one process for all pages.
 RUNNER = """
@@ -223,7 +223,7 @@ def test_formulas_become_mathml(hooks):
 def test_docstring_formulas_are_typeset_outside_of_code(hooks):
     text = "f* at v_k, λ_min and y*(x); `f*`, `v_k`, max_steps\n\n    a_k = f*\n\nz_j"
     assert hooks.typeset(text) == (
-        "f<sup>*</sup> at v<sub>k</sub>, λ<sub>min</sub> and y<sup>*</sup>(x); `f*`, `v_k`, "
+        "f<sup>∗</sup> at v<sub>k</sub>, λ<sub>min</sub> and y<sup>∗</sup>(x); `f*`, `v_k`, "
         "max_steps\n\n    a_k = f*\n\nz<sub>j</sub>"
     )
 
