@@ -38,7 +38,7 @@ ELSEWHERE = (
 )
 SECTION = "Results"
 _INDEXED = re.compile(
-    r"(?<![A-Za-z0-9_])(argmin|[A-Za-zα-ωΑ-Ω∇∂]{1,2})_(ij|ji|min|max|[a-z0-9])(?![A-Za-z0-9])"
+    r"(?<![A-Za-z_])(argmin|[A-Za-zα-ωΑ-Ω∇∂]{1,2})_(ij|ji|min|max|[a-z0-9])(?![A-Za-z0-9])"
 )
 _SIDES = {"l": r"\left", "r": r"\right"}
 
@@ -99,11 +99,11 @@ def mathml(source: str, display: bool) -> str:
         ValueError: it holds a command that latex2mathml does not know.
     """
     # the same thing by another name; KaTeX and MathJax know both
-    source = re.sub(r"\b(aligned|gathered)\b", "split", source.strip())
+    source = re.sub(r"\b(aligned|gathered)\b", "split", " ".join(source.split()))
     # a bracket that grows with what it holds sits on the line in every browser
     source = re.sub(r"\\[bB]igg?(l|r)\b", lambda found: _SIDES[found[1]], source)
     answer = convert(source, display="block" if display else "inline")
-    unknown = re.findall(r"\\\w+|<m\w+>&</m\w+>", answer)
+    unknown = re.findall(r"\\\w*|<m\w+>&</m\w+>", answer)
     if unknown:
         raise ValueError(f"not known to latex2mathml: {unknown}")
     # no space around a slash and inside of bars

@@ -131,7 +131,7 @@ paper.draw_figure7(boxes)
 # | claim | here |
 # |---|---|
 # | two timescales: neurons settle on the jumps | yes, where the last hit is in time |
-# | SGD follows the limit | yes |
+# | SGD follows the limit | yes, up to its noise |
 # | equal rates: some jump is missed | yes, on most seeds; a share of them recovers all |
 # | the final loss falls with ε | yes, by more than an order of magnitude from ε = 1 to 0.01 |
 # | ε = 2e-5 is the limit ε → 0 | in outcome; neurons are [a width away](convergence.ipynb) |
