@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SCALE ?= quick
 OUT ?= results
+NOTEBOOKS ?= notebooks
+SITE ?= site
 
-.PHONY: reproduce test test-slow lint types notebooks benchmark clean
+.PHONY: reproduce test test-slow lint types docs notebooks benchmark clean
 
 # A virtual environment with the pinned versions; rebuilt when the pins change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,13 +33,19 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The pages open from the disk; their search needs a server, `python -m http.server -d site`.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir $(abspath $(SITE))
+
+# Runs the scripts and writes the .ipynb of each beside it, or into another folder;
+# TTS_JAX_NOTEBOOK_SCALE=full takes minutes.
 notebooks: $(VENV)/.installed
-	mkdir -p $(OUT)
-	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute --output $(abspath $(OUT))/$$(basename $$f .py).ipynb $$f || exit 1; done
+	mkdir -p $(NOTEBOOKS)
+	$(BIN)/python notebooks/_execute.py --out $(NOTEBOOKS)
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.suite --out $(OUT)/benchmarks
 	$(BIN)/python -m benchmarks.suite flow --out $(OUT)/benchmarks
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results site

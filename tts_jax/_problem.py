@@ -26,7 +26,12 @@ from tts_jax._random import Words
 
 
 class State(NamedTuple):
-    """A point of the two-timescale dynamics: the fast variable y and the slow variable x."""
+    """A point of the two-timescale dynamics.
+
+    Attributes:
+        fast: the fast variable y, an array or nested dicts of arrays.
+        slow: the slow variable x, likewise.
+    """
 
     fast: PyTree[Array]
     slow: PyTree[Array]
