@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from tts_jax.experiments.marion_berthier import FigureSpec, Outcome
 
 
-FigureName = Literal["figure3", "figure4", "figure5", "figure7", "all"]
+FigureName = Literal[
+    "figure1", "figure2", "figure3", "figure4", "figure5", "figure7", "proof", "all"
+]
 StudyName = Literal["convergence", "initialisation"]
 Scale = Literal["quick", "paper"]
 
@@ -84,10 +86,12 @@ def reproduce(
     figure: Annotated[
         tyro.conf.Positional[FigureName],
         tyro.conf.arg(
-            metavar="[figure3|figure4|figure5|figure7|all]",
-            help="figure3: networks in the two-timescale regime, ε = 2e-5. figure4: the same run "
-            "against the gradient flow and the limits. figure5: one learning rate for both "
-            "layers, ε = 1. figure7: box plot of the final loss against ε. all: these four.",
+            metavar="[figure1|figure2|figure3|figure4|figure5|figure7|proof|all]",
+            help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
+            "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
+            "and the limits. figure5: one learning rate for both layers, ε = 1. figure7: box plot "
+            "of the final loss against ε. proof: a sketch of the proof's two phases. all: all of "
+            "these.",
         ),
     ] = "all",
     *,
@@ -103,9 +107,9 @@ def reproduce(
         int | None,
         tyro.conf.arg(
             metavar="N",
-            help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
-            "positions.",
-            help_behavior_hint="(default: 32, for figure7 64)",
+            help="Number of independent runs. Seed 0 starts from the published positions, except "
+            "in figure7; the sketches draw no other.",
+            help_behavior_hint="(default: 32, for figure7 64, for the sketches 1)",
         ),
     ] = None,
     out: Annotated[
@@ -147,10 +151,10 @@ def _reproduced(
     for experiment, names in groups.items():
         specs = {name: marion_berthier.FIGURES[name] for name in names}
         settings = marion_berthier.settings_of(experiment, scale, seeds)
-        print(f"{', '.join(names)}: {settings.seeds} seeds, {settings.steps:.4g} SGD steps each")
+        methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
+        print(f"{', '.join(names)}: {settings.describe(methods)}")
         group = _Group(specs, out)
         try:
-            methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
             compute = next(iter(specs.values())).compute
             compute(settings=settings, methods=methods, progress=True, on_result=group.keep)
         except Exception:
@@ -490,17 +494,18 @@ class _Report:
                     if runs[method].failed:
                         notes += [f"{name}, {method}: {line}" for line in _failed(run)]
                 files += group.files[name]
-        if not rows:
-            return
-        print()
-        print(_table(_HEADER, rows))
-        print("\nLosses are medians over the seeds that reached τ. A jump counts as recovered when")
-        print("SGD has a neuron within η of it: mean number per seed, share of seeds with all.")
+        if rows:
+            print()
+            print(_table(_HEADER, rows))
+            print("\nLosses are medians over the seeds that reached τ. A jump counts as recovered")
+            print("when SGD has a neuron within η of it: mean number per seed, share of seeds with")
+            print("all.")
         if "figure3" in {row[0] for row in rows} and "figure4" in {row[0] for row in rows}:
             print("The seconds of figure4 do not count the SGD run that it shares with figure3.")
         for line in notes:
             print(line)
-        print("\nFiles: " + ", ".join(str(path) for path in files))
+        if files:
+            print("\nFiles: " + ", ".join(str(path) for path in files))
 
 
 _HEADER = (

@@ -6,13 +6,16 @@ returns the Axes. Nothing here uses `matplotlib.pyplot`, shows a window or chang
 """
 
 from tts_jax.plot._curves import losses, network, positions
-from tts_jax.plot._style import METHODS, Style, figure, panel_letters, save, theme
+from tts_jax.plot._sketch import arrows, span
+from tts_jax.plot._style import METHODS, TARGET_COLOR, Style, figure, panel_letters, save, theme
 from tts_jax.plot._summary import boxes
 
 
 __all__ = [
     "METHODS",
+    "TARGET_COLOR",
     "Style",
+    "arrows",
     "boxes",
     "figure",
     "losses",
@@ -20,5 +23,6 @@ __all__ = [
     "panel_letters",
     "positions",
     "save",
+    "span",
     "theme",
 ]
