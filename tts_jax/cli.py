@@ -1,6 +1,7 @@
 """The command line: `tts-jax reproduce` computes the paper's figures and writes what they show,
-`tts-jax study` measures how the dynamics tend to each other, `tts-jax sweep` runs SGD over a grid
-of settings and `tts-jax resume` goes on with a sweep.
+`tts-jax animate` sets the same runs in motion, `tts-jax study` measures how the dynamics tend to
+each other, `tts-jax sweep` runs SGD over a grid of settings and `tts-jax resume` goes on with a
+sweep.
 
 Each command is a function in `APP`; its docstring is its help. Arguments are checked before
 anything is computed, data are written before anything is drawn. Exit codes: 0 everything was
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 import xarray
+from tqdm import tqdm
 
-from tts_jax import _compat, _distributed
+from tts_jax import _checks, _compat, _distributed
 from tts_jax._checkpoint import Stopped, replacing, terminated_like_interrupted
 from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
 from tts_jax._trajectory import Status, write_netcdf
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 FigureName = Literal[
     "figure1", "figure2", "figure3", "figure4", "figure5", "figure7", "proof", "all"
 ]
+AnimationName = Literal["two_timescale", "same_rate"]
 StudyName = Literal["convergence", "initialisation"]
 Scale = Literal["quick", "paper"]
 
@@ -163,6 +166,128 @@ def _reproduced(
             group.draw(name, data, report)
         report.add(group)
     return report
+
+
+@APP.command
+def animate(
+    experiment: Annotated[
+        tyro.conf.Positional[AnimationName],
+        tyro.conf.arg(
+            metavar="[two_timescale|same_rate]",
+            help="two_timescale: the run of figures 3 and 4, ε = 2e-5. same_rate: the run of "
+            "figure 5, one learning rate for both layers, ε = 1.",
+        ),
+    ] = "two_timescale",
+    *,
+    scale: Annotated[
+        Scale,
+        tyro.conf.arg(
+            help="paper: the paper's step size 1e-5. quick: 1e-3 for two_timescale; same_rate is "
+            "the same in both."
+        ),
+    ] = "quick",
+    seed: Annotated[
+        int,
+        tyro.conf.arg(
+            metavar="I",
+            help="Which of the figures' seeds to show; 0 starts from the published positions.",
+        ),
+    ] = 0,
+    frames: Annotated[
+        int,
+        tyro.conf.arg(metavar="N", help="Number of frames, fewer where times are too far apart."),
+    ] = 72,
+    fps: Annotated[float, tyro.conf.arg(metavar="X", help="Frames per second, at most 50.")] = 12.0,
+    dpi: Annotated[
+        float, tyro.conf.arg(metavar="X", help="Dots per inch; the pictures are 9 by 4.7 inches.")
+    ] = 100.0,
+    fresh: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(
+            help="Compute the run even where `--out` holds the figure's data of it. Theirs are "
+            "recorded at even times, and show less of the beginning."
+        ),
+    ] = False,
+    out: Annotated[
+        Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
+    ] = Path("results"),
+) -> int:
+    """Animate SGD beside the gradient flow and the limit: networks, neurons and losses.
+
+    Writes `DIR/animation_<experiment>.gif`, an MP4 beside it where ffmpeg is on the PATH, and the
+    netCDF data `animation_<experiment>_<method>.nc` of what had to be computed. The time axis is
+    linear at the beginning and logarithmic later on.
+    """
+    from tts_jax.experiments import animation
+
+    try:
+        animation.settings_of(experiment, scale, seed=seed, frames=frames)
+        _checks.positive("fps", fps, "Use for example 12.")
+        _checks.positive("dpi", dpi, "Use for example 100.")
+        if fps > 50:
+            raise _checks.argument_error("fps", "be at most 50", fps, "GIFs know no more.")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_folder(out)
+    with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
+        return _animated(experiment, scale, seed, frames, fps, dpi, None if fresh else out, out)
+
+
+def _animated(
+    experiment: AnimationName,
+    scale: Scale,
+    seed: int,
+    frames: int,
+    fps: float,
+    dpi: float,
+    reuse: Path | None,
+    out: Path,
+) -> int:
+    """Compute what is missing and write it, then draw, then write the GIF and the MP4."""
+    from tts_jax import plot
+    from tts_jax.experiments import animation
+
+    report, files, stem = _Report(), [], out / f"animation_{experiment}"
+
+    def keep(method: str, trajectory: "Trajectory") -> None:
+        files.append(trajectory.save(Path(f"{stem}_{method}.nc")))
+        print(f"  {method}: data in {files[-1]}")
+
+    print(f"{experiment}: seed {seed}")
+    try:
+        data = animation.compute(
+            experiment,
+            scale,
+            seed=seed,
+            frames=frames,
+            reuse=reuse,
+            progress=True,
+            on_result=keep,
+        )
+    except Exception:
+        report.failure(f"{experiment} could not be computed to the end")
+        return report.code
+    computed = {path.stem.removeprefix(f"{stem.name}_") for path in files}
+    if reused := [method for method in data if method not in computed]:
+        print(f"  {', '.join(reused)}: data of {animation.FIGURES[experiment]} in {out}")
+    try:
+        movie = animation.draw(data, seed=seed, frames=frames)
+        images = list(tqdm(movie.images(dpi), "  frames", movie.frames, leave=False))
+    except Exception:
+        report.failure(f"{experiment} could not be drawn; its data are in `{out}`")
+        return report.code
+    writers = {"gif": plot.save_gif, "mp4": plot.save_mp4}
+    if plot.ffmpeg() is None:
+        del writers["mp4"]
+        print("  No MP4: there is no `ffmpeg` on the PATH.")
+    for kind, write in writers.items():
+        try:
+            files.append(write(images, stem.with_suffix(f".{kind}"), fps=fps))
+        except Exception:
+            report.failure(f"the {kind.upper()} could not be written; its data are in `{out}`")
+    print(f"\n{len(images)} frames, {len(images) / fps:.1f} s, ", end="")
+    print("files: " + ", ".join(str(path) for path in files))
+    return report.code
 
 
 @APP.command

@@ -54,7 +54,7 @@ class Settings:
         step_size: step size h of the fast variable.
         tau_end: last slow time.
         seeds: number of independent runs per ε.
-        records: number of recorded times, evenly spaced from 0 to `tau_end`.
+        records: number of recorded times, evenly spaced from 0 to `tau_end` unless `early` is set.
         snapshots: slow times whose networks are drawn.
         published_start: whether seed 0 starts from the published positions.
         neurons: number m of neurons.
@@ -65,6 +65,8 @@ class Settings:
         gradient: estimator of the sample gradient; `"box"` is that of the published code.
         key: integer from which all random keys are made.
         positions: where the neurons of seed 0 start, if neither there nor at random.
+        early: if positive, the recorded times are evenly spaced in arcsinh(τ/`early`): densely up
+            to about `early`, then by a constant factor.
     """
 
     epsilon: tuple[float, ...]
@@ -82,6 +84,7 @@ class Settings:
     gradient: str = "box"
     key: int = 0
     positions: tuple[float, ...] = ()
+    early: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -100,7 +103,10 @@ class Settings:
 
     def tau(self) -> np.ndarray:
         """Recorded slow times, `[records]`."""
-        return np.linspace(0.0, self.tau_end, self.records)
+        if not self.early:
+            return np.linspace(0.0, self.tau_end, self.records)
+        even = np.linspace(0.0, np.arcsinh(self.tau_end / self.early), self.records)
+        return np.append(self.early * np.sinh(even[:-1]), self.tau_end)
 
     def start(self) -> tts.State:
         """The starts, `[seeds, ...]`: zero weights, sorted uniform positions.
