@@ -7,7 +7,7 @@ OUT ?= results
 NOTEBOOKS ?= notebooks
 SITE ?= site
 
-.PHONY: reproduce test test-slow lint types docs notebooks benchmark clean
+.PHONY: reproduce gallery test test-slow lint types docs notebooks benchmark clean
 
 # A virtual environment with the pinned versions; rebuilt when the pins change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -19,6 +19,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 reproduce: $(VENV)/.installed
 	$(BIN)/tts-jax reproduce all --scale $(SCALE) --out $(OUT)
+
+# The images of docs/gallery.md; figure 4 there is the paper's scale.
+gallery: $(VENV)/.installed
+	$(BIN)/python docs/gallery.py --data $(OUT)/gallery
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto -m "not slow"

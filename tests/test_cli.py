@@ -67,7 +67,7 @@ def test_help_of_reproduce_is_complete(capsys):
     assert ended.value.code == 0
     # as one line, whatever the width of the terminal
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for word in ("figure3", "figure4", "figure5", "figure7", "all", "--scale", "quick", "paper"):
+    for word in (*mb.FIGURES, "all", "--scale", "quick", "paper"):
         assert word in said
     for word in ("--seeds", "--out", "default: results", "default: quick", "default: 32"):
         assert word in said
@@ -121,6 +121,11 @@ def test_reproduce_all(tiny, capsys, monkeypatch, tmp_path):
         for name, trajectory in mb.load_data(out, figure).items():
             assert np.shape(trajectory.status) == (2,), name
             assert np.shape(trajectory.slow) == (2, 5, 20)
+    for figure in ("figure1", "figure2", "proof"):
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert set(mb.load_data(out, figure)) == set(mb.FIGURES[figure].methods)
+        assert f"{figure}: 1 seed\n" in said
+        assert str(out / f"{figure}.pdf") in said
     assert set(mb.load_data(out, "figure3")) == {"sgd"}
     assert set(mb.load_data(out, "figure4")) == {"sgd", "flow", "limit", "sharp_limit"}
     assert set(mb.load_data(out, "figure5")) == {"sgd", "flow"}
@@ -206,7 +211,8 @@ def test_settings_are_the_papers():
     assert paper["same_rate"].steps == 1_000_000
     assert paper["epsilon_boxes"].steps == 30_000_000 + 3_000_000 + 300_000
     assert paper["epsilon_boxes"].seeds >= 20
-    for settings in paper.values():
+    for name in ("two_timescale", "same_rate", "epsilon_boxes"):
+        settings = paper[name]
         assert (settings.neurons, settings.eta, settings.noise) == (20, 4e-3, 1.0)
 
 
@@ -226,7 +232,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="`methods` must be one of"):
         mb.two_timescale(seeds=1, methods=["euler"])
     with pytest.raises(ValueError, match="`figure` must be one of"):
-        mb.load_data(".", "figure1")
+        mb.load_data(".", "figure9")
 
 
 def test_missing_data_are_named(tmp_path):

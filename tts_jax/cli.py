@@ -1,6 +1,7 @@
 """The command line: `tts-jax reproduce` computes the paper's figures and writes what they show,
-`tts-jax study` measures how the dynamics tend to each other, `tts-jax sweep` runs SGD over a grid
-of settings and `tts-jax resume` goes on with a sweep.
+`tts-jax animate` sets the same runs in motion, `tts-jax study` measures how the dynamics tend to
+each other, `tts-jax sweep` runs SGD over a grid of settings and `tts-jax resume` goes on with a
+sweep.
 
 Each command is a function in `APP`; its docstring is its help. Arguments are checked before
 anything is computed, data are written before anything is drawn. Exit codes: 0 everything was
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 import xarray
+from tqdm import tqdm
 
-from tts_jax import _compat, _distributed
+from tts_jax import _checks, _compat, _distributed
 from tts_jax._checkpoint import Stopped, replacing, terminated_like_interrupted
 from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
 from tts_jax._trajectory import Status, write_netcdf
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from tts_jax.experiments.marion_berthier import FigureSpec, Outcome
 
 
-FigureName = Literal["figure3", "figure4", "figure5", "figure7", "all"]
+FigureName = Literal[
+    "figure1", "figure2", "figure3", "figure4", "figure5", "figure7", "proof", "all"
+]
+AnimationName = Literal["two_timescale", "same_rate"]
 StudyName = Literal["convergence", "initialisation"]
 Scale = Literal["quick", "paper"]
 
@@ -84,10 +89,12 @@ def reproduce(
     figure: Annotated[
         tyro.conf.Positional[FigureName],
         tyro.conf.arg(
-            metavar="[figure3|figure4|figure5|figure7|all]",
-            help="figure3: networks in the two-timescale regime, ε = 2e-5. figure4: the same run "
-            "against the gradient flow and the limits. figure5: one learning rate for both "
-            "layers, ε = 1. figure7: box plot of the final loss against ε. all: these four.",
+            metavar="[figure1|figure2|figure3|figure4|figure5|figure7|proof|all]",
+            help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
+            "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
+            "and the limits. figure5: one learning rate for both layers, ε = 1. figure7: box plot "
+            "of the final loss against ε. proof: a sketch of the proof's two phases. all: all of "
+            "these.",
         ),
     ] = "all",
     *,
@@ -103,9 +110,9 @@ def reproduce(
         int | None,
         tyro.conf.arg(
             metavar="N",
-            help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
-            "positions.",
-            help_behavior_hint="(default: 32, for figure7 64)",
+            help="Number of independent runs. Seed 0 starts from the published positions, except "
+            "in figure7; the sketches draw no other.",
+            help_behavior_hint="(default: 32, for figure7 64, for the sketches 1)",
         ),
     ] = None,
     out: Annotated[
@@ -147,10 +154,10 @@ def _reproduced(
     for experiment, names in groups.items():
         specs = {name: marion_berthier.FIGURES[name] for name in names}
         settings = marion_berthier.settings_of(experiment, scale, seeds)
-        print(f"{', '.join(names)}: {settings.seeds} seeds, {settings.steps:.4g} SGD steps each")
+        methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
+        print(f"{', '.join(names)}: {settings.describe(methods)}")
         group = _Group(specs, out)
         try:
-            methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
             compute = next(iter(specs.values())).compute
             compute(settings=settings, methods=methods, progress=True, on_result=group.keep)
         except Exception:
@@ -159,6 +166,128 @@ def _reproduced(
             group.draw(name, data, report)
         report.add(group)
     return report
+
+
+@APP.command
+def animate(
+    experiment: Annotated[
+        tyro.conf.Positional[AnimationName],
+        tyro.conf.arg(
+            metavar="[two_timescale|same_rate]",
+            help="two_timescale: the run of figures 3 and 4, ε = 2e-5. same_rate: the run of "
+            "figure 5, one learning rate for both layers, ε = 1.",
+        ),
+    ] = "two_timescale",
+    *,
+    scale: Annotated[
+        Scale,
+        tyro.conf.arg(
+            help="paper: the paper's step size 1e-5. quick: 1e-3 for two_timescale; same_rate is "
+            "the same in both."
+        ),
+    ] = "quick",
+    seed: Annotated[
+        int,
+        tyro.conf.arg(
+            metavar="I",
+            help="Which of the figures' seeds to show; 0 starts from the published positions.",
+        ),
+    ] = 0,
+    frames: Annotated[
+        int,
+        tyro.conf.arg(metavar="N", help="Number of frames, fewer where times are too far apart."),
+    ] = 72,
+    fps: Annotated[float, tyro.conf.arg(metavar="X", help="Frames per second, at most 50.")] = 12.0,
+    dpi: Annotated[
+        float, tyro.conf.arg(metavar="X", help="Dots per inch; the pictures are 9 by 4.7 inches.")
+    ] = 100.0,
+    fresh: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(
+            help="Compute the run even where `--out` holds the figure's data of it. Theirs are "
+            "recorded at even times, and show less of the beginning."
+        ),
+    ] = False,
+    out: Annotated[
+        Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
+    ] = Path("results"),
+) -> int:
+    """Animate SGD beside the gradient flow and the limit: networks, neurons and losses.
+
+    Writes `DIR/animation_<experiment>.gif`, an MP4 beside it where ffmpeg is on the PATH, and the
+    netCDF data `animation_<experiment>_<method>.nc` of what had to be computed. The time axis is
+    linear at the beginning and logarithmic later on.
+    """
+    from tts_jax.experiments import animation
+
+    try:
+        animation.settings_of(experiment, scale, seed=seed, frames=frames)
+        _checks.positive("fps", fps, "Use for example 12.")
+        _checks.positive("dpi", dpi, "Use for example 100.")
+        if fps > 50:
+            raise _checks.argument_error("fps", "be at most 50", fps, "GIFs know no more.")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_folder(out)
+    with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
+        return _animated(experiment, scale, seed, frames, fps, dpi, None if fresh else out, out)
+
+
+def _animated(
+    experiment: AnimationName,
+    scale: Scale,
+    seed: int,
+    frames: int,
+    fps: float,
+    dpi: float,
+    reuse: Path | None,
+    out: Path,
+) -> int:
+    """Compute what is missing and write it, then draw, then write the GIF and the MP4."""
+    from tts_jax import plot
+    from tts_jax.experiments import animation
+
+    report, files, stem = _Report(), [], out / f"animation_{experiment}"
+
+    def keep(method: str, trajectory: "Trajectory") -> None:
+        files.append(trajectory.save(Path(f"{stem}_{method}.nc")))
+        print(f"  {method}: data in {files[-1]}")
+
+    print(f"{experiment}: seed {seed}")
+    try:
+        data = animation.compute(
+            experiment,
+            scale,
+            seed=seed,
+            frames=frames,
+            reuse=reuse,
+            progress=True,
+            on_result=keep,
+        )
+    except Exception:
+        report.failure(f"{experiment} could not be computed to the end")
+        return report.code
+    computed = {path.stem.removeprefix(f"{stem.name}_") for path in files}
+    if reused := [method for method in data if method not in computed]:
+        print(f"  {', '.join(reused)}: data of {animation.FIGURES[experiment]} in {out}")
+    try:
+        movie = animation.draw(data, seed=seed, frames=frames)
+        images = list(tqdm(movie.images(dpi), "  frames", movie.frames, leave=False))
+    except Exception:
+        report.failure(f"{experiment} could not be drawn; its data are in `{out}`")
+        return report.code
+    writers = {"gif": plot.save_gif, "mp4": plot.save_mp4}
+    if plot.ffmpeg() is None:
+        del writers["mp4"]
+        print("  No MP4: there is no `ffmpeg` on the PATH.")
+    for kind, write in writers.items():
+        try:
+            files.append(write(images, stem.with_suffix(f".{kind}"), fps=fps))
+        except Exception:
+            report.failure(f"the {kind.upper()} could not be written; its data are in `{out}`")
+    print(f"\n{len(images)} frames, {len(images) / fps:.1f} s, ", end="")
+    print("files: " + ", ".join(str(path) for path in files))
+    return report.code
 
 
 @APP.command
@@ -490,17 +619,18 @@ class _Report:
                     if runs[method].failed:
                         notes += [f"{name}, {method}: {line}" for line in _failed(run)]
                 files += group.files[name]
-        if not rows:
-            return
-        print()
-        print(_table(_HEADER, rows))
-        print("\nLosses are medians over the seeds that reached τ. A jump counts as recovered when")
-        print("SGD has a neuron within η of it: mean number per seed, share of seeds with all.")
+        if rows:
+            print()
+            print(_table(_HEADER, rows))
+            print("\nLosses are medians over the seeds that reached τ. A jump counts as recovered")
+            print("when SGD has a neuron within η of it: mean number per seed, share of seeds with")
+            print("all.")
         if "figure3" in {row[0] for row in rows} and "figure4" in {row[0] for row in rows}:
             print("The seconds of figure4 do not count the SGD run that it shares with figure3.")
         for line in notes:
             print(line)
-        print("\nFiles: " + ", ".join(str(path) for path in files))
+        if files:
+            print("\nFiles: " + ", ".join(str(path) for path in files))
 
 
 _HEADER = (

@@ -1,4 +1,4 @@
-"""Figures 3, 4, 5 and 7 of Marion & Berthier (2023, arXiv 2304.09576): settings, data, drawings.
+"""The figures of Marion & Berthier (2023, arXiv 2304.09576): settings, data, drawings.
 
 An experiment is a function from settings to data (a dict of trajectories), a drawing is a
 function from data to a Figure:
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -25,13 +25,21 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot
+from tts_jax.experiments._panels import (
+    GRID,
+    jumps_of,
+    legend,
+    nearest,
+    number,
+    one_seed,
+    problem_of,
+)
+from tts_jax.experiments.sketches import draw_figure1, draw_figure2, draw_proof
 
 
 Scale = Literal["quick", "paper"]
 Data = dict[str, tts.Trajectory]
 OnResult = Callable[[str, tts.Trajectory], None]
-
-_GRID = np.linspace(0.0, 1.0, 2001)
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -46,7 +54,7 @@ class Settings:
         step_size: step size h of the fast variable.
         tau_end: last slow time.
         seeds: number of independent runs per ε.
-        records: number of recorded times, evenly spaced from 0 to `tau_end`.
+        records: number of recorded times, evenly spaced from 0 to `tau_end` unless `early` is set.
         snapshots: slow times whose networks are drawn.
         published_start: whether seed 0 starts from the published positions.
         neurons: number m of neurons.
@@ -56,6 +64,9 @@ class Settings:
         values: levels of the target, one more than the jumps.
         gradient: estimator of the sample gradient; `"box"` is that of the published code.
         key: integer from which all random keys are made.
+        positions: where the neurons of seed 0 start, if neither there nor at random.
+        early: if positive, the recorded times are evenly spaced in arcsinh(τ/`early`): densely up
+            to about `early`, then by a constant factor.
     """
 
     epsilon: tuple[float, ...]
@@ -72,11 +83,18 @@ class Settings:
     values: tuple[float, ...] = (1.0, 5.0, 1.0, 3.0, 1.0, 5.0)
     gradient: str = "box"
     key: int = 0
+    positions: tuple[float, ...] = ()
+    early: float = 0.0
 
     @property
     def steps(self) -> int:
         """SGD steps of one seed, over all ε."""
         return sum(round(self.tau_end / (epsilon * self.step_size)) for epsilon in self.epsilon)
+
+    def describe(self, methods: Sequence[str]) -> str:
+        """One line on what `methods` have to do."""
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{seeds}, {self.steps:.4g} SGD steps each" if "sgd" in methods else seeds
 
     def problem(self) -> tts.Univariate:
         """The learning problem."""
@@ -85,13 +103,16 @@ class Settings:
 
     def tau(self) -> np.ndarray:
         """Recorded slow times, `[records]`."""
-        return np.linspace(0.0, self.tau_end, self.records)
+        if not self.early:
+            return np.linspace(0.0, self.tau_end, self.records)
+        even = np.linspace(0.0, np.arcsinh(self.tau_end / self.early), self.records)
+        return np.append(self.early * np.sinh(even[:-1]), self.tau_end)
 
     def start(self) -> tts.State:
         """The starts, `[seeds, ...]`: zero weights, sorted uniform positions.
 
         Seed i draws its positions from a key folded from `key` and i; with `published_start`
-        seed 0 has those of the published runs, NumPy's generator seeded with 42.
+        seed 0 has those of the published runs, NumPy's generator seeded with 42, or `positions`.
         """
         problem, key = self.problem(), jax.random.key(self.key)
         slow = np.stack(
@@ -101,7 +122,8 @@ class Settings:
             ]
         ).astype(np.float64)
         if self.published_start:
-            slow[0] = np.sort(np.random.RandomState(42).rand(self.neurons))
+            published = np.random.RandomState(42).rand(self.neurons)
+            slow[0] = np.sort(self.positions or published)
         return problem.state(slow=slow)
 
 
@@ -124,7 +146,39 @@ _EPSILON = Settings(
     records=31,
     published_start=False,
 )
+# Targets and positions of the published sketches; their weights are not taken over.
+_NOTATION = Settings(
+    epsilon=(0.1,),
+    step_size=1e-3,
+    tau_end=0.03,
+    seeds=1,
+    neurons=3,
+    eta=0.1,
+    noise=0.0,
+    jumps=(0.35, 0.78),
+    values=(0.1, 0.95, 0.65),
+    positions=(0.2, 0.4, 0.65),
+)
+_DYNAMICS = replace(
+    _NOTATION,
+    epsilon=(1e-3,),
+    tau_end=2.0,
+    neurons=7,
+    eta=1e-3,
+    positions=(0.13, 0.22, 0.43, 0.52, 0.58, 0.7, 0.91),
+)
+_PROOF = replace(
+    _DYNAMICS,
+    epsilon=(0.01,),
+    eta=0.05,
+    jumps=(0.5,),
+    values=(0.2, 0.9),
+    positions=(0.13, 0.25, 0.37, 0.68, 0.75, 0.85, 0.91),
+)
 SETTINGS: dict[str, dict[str, Settings]] = {
+    "notation": {"quick": _NOTATION, "paper": _NOTATION},
+    "dynamics": {"quick": _DYNAMICS, "paper": _DYNAMICS},
+    "proof": {"quick": _PROOF, "paper": _PROOF},
     "two_timescale": {"quick": _TWO_TIMESCALE, "paper": replace(_TWO_TIMESCALE, step_size=1e-5)},
     "same_rate": {"quick": _SAME_RATE, "paper": _SAME_RATE},
     "epsilon_boxes": {"quick": _EPSILON, "paper": _EPSILON},
@@ -222,6 +276,26 @@ def epsilon_boxes(
         if on_result is not None:
             on_result(name, data[name])
     return data
+
+
+def sketch(
+    scale: Scale = "quick",
+    *,
+    settings: Settings,
+    methods: Sequence[str] = ("flow",),
+    seeds: int | None = None,
+    progress: bool = False,
+    on_result: OnResult | None = None,
+) -> Data:
+    """Figures 1 and 2 and the sketch of the proof: small networks with visible steps.
+
+    Args:
+        scale: of no account; the sketches have one.
+        settings: `settings_of("notation")`, `settings_of("dynamics")` or `settings_of("proof")`.
+
+    The other arguments, result and errors are those of `two_timescale`.
+    """
+    return _compare(_with_seeds(settings, seeds) or settings, methods, progress, on_result)
 
 
 def _with_seeds(settings: Settings | None, seeds: int | None) -> Settings | None:
@@ -361,7 +435,7 @@ def draw_figure3(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
         for ax, tau in zip(panels, wanted, strict=True):
             _snapshot(ax, {"sgd": sgd}, tau, neurons=True)
             ax.label_outer()
-        _legend(drawing, panels[-1])
+        legend(drawing, panels[-1])
         plot.panel_letters(panels)
     return drawing
 
@@ -399,13 +473,13 @@ def draw_figure4(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
         _floor([panels["one"], panels["all"]], data)
 
         plot.positions(
-            {name: (data[name].tau, _first(data[name].slow)) for name in pair},
-            jumps=_jumps(data["sgd"]),
+            {name: (data[name].tau, one_seed(data[name].slow)) for name in pair},
+            jumps=jumps_of(data["sgd"]),
             legend=False,
             ax=panels["path"],
         )
         panels["path"].set_title("neurons of seed 0, jumps of the target", loc="right")
-        _legend(drawing, panels["one"], panels["early"])
+        legend(drawing, panels["one"], panels["early"])
         plot.panel_letters([panels[name] for name in ("early", "late", "one", "all", "path")])
     return drawing
 
@@ -425,7 +499,7 @@ def draw_figure5(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
         for ax, tau in zip(panels, wanted, strict=False):
             _snapshot(ax, {"sgd": sgd}, tau, neurons=True)
         _mark_missed(panels[2], sgd)
-        _legend(drawing, panels[2])
+        legend(drawing, panels[2])
         names = [name for name in ("sgd", "flow") if name in data]
         plot.losses({name: _all_losses(data[name]) for name in names}, legend=False, ax=panels[3])
         panels[3].set_title(_seeds_title(sgd), loc="right")
@@ -446,7 +520,7 @@ def draw_figure7(data: Mapping[str, tts.Trajectory]) -> Figure:
         runs = list(data.values())
         plot.boxes({_epsilon(run): np.asarray(run.loss)[..., -1] for run in runs}, ax=ax)
         seeds = max(int(np.size(run.status)) for run in runs)
-        ax.set_title(f"SGD at τ = {_number(float(np.asarray(runs[0].tau)[-1]))}, {seeds} seeds")
+        ax.set_title(f"SGD at τ = {number(float(np.asarray(runs[0].tau)[-1]))}, {seeds} seeds")
     return drawing
 
 
@@ -456,29 +530,29 @@ def _snapshot(
     """Networks of seed 0 at the recorded time nearest to τ, against the target."""
     curves, marks, shown = {}, None, tau
     for name, trajectory in data.items():
-        index = int(np.argmin(np.abs(np.asarray(trajectory.tau) - tau)))
-        fast, slow = _first(trajectory.fast)[index], _first(trajectory.slow)[index]
-        curves[name] = (_GRID, np.asarray(problem_of(trajectory).predict(fast, slow, _GRID)))
+        index = nearest(trajectory, tau)
+        fast, slow = one_seed(trajectory.fast)[index], one_seed(trajectory.slow)[index]
+        curves[name] = (GRID, np.asarray(problem_of(trajectory).predict(fast, slow, GRID)))
         if marks is None:
             marks, shown = slow[np.isfinite(slow)], float(np.asarray(trajectory.tau)[index])
     reference = next(iter(data.values()))
     values = np.asarray(reference.settings["values"])
     plot.network(
         curves,
-        target=(_jumps(reference), values),
+        target=(jumps_of(reference), values),
         neurons=marks if neurons else None,
         legend=False,
         ax=ax,
     )
     low, high = min(0.0, float(values.min())), float(values.max())
     ax.set_ylim(low - 0.1 * (high - low), high + 0.14 * (high - low))
-    ax.set_title(f"τ = {_number(shown)}", loc="right")
+    ax.set_title(f"τ = {number(shown)}", loc="right")
 
 
 def _mark_missed(ax: Axes, trajectory: tts.Trajectory) -> None:
     """An arrowhead over each jump that seed 0 has not recovered at the last time."""
-    distance = _first(trajectory.observables["recovery"])[-1]
-    missed = _jumps(trajectory)[~(distance <= float(np.asarray(trajectory.settings["eta"])))]
+    distance = one_seed(trajectory.observables["recovery"])[-1]
+    missed = jumps_of(trajectory)[~(distance <= float(np.asarray(trajectory.settings["eta"])))]
     if missed.size:
         ax.plot(
             missed,
@@ -493,16 +567,6 @@ def _mark_missed(ax: Axes, trajectory: tts.Trajectory) -> None:
         )
 
 
-def _legend(owner: Figure, *sources: Axes) -> None:
-    """The entries of `sources`, each once, in one row above all panels of `owner`."""
-    entries: dict[str, Any] = {}
-    for source in sources:
-        for handle, label in zip(*source.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    labels = list(entries)
-    owner.legend(list(entries.values()), labels, loc="outside upper center", ncols=len(labels))
-
-
 def _floor(panels: Sequence[Axes], data: Mapping[str, tts.Trajectory]) -> None:
     """One loss axis for all panels; the loss of the sharp limit may fall to 0 below it."""
     losses = [np.ravel(data[name].loss) for name in ("sgd", "flow", "limit") if name in data]
@@ -511,27 +575,6 @@ def _floor(panels: Sequence[Axes], data: Mapping[str, tts.Trajectory]) -> None:
     if values.size:
         for ax in panels:
             ax.set_ylim(float(values.min()) / 1.5, float(values.max()) * 1.5)
-
-
-def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:
-    """The learning problem of a trajectory, also of one read from a file."""
-    settings = {name: np.asarray(value) for name, value in trajectory.settings.items()}
-    return tts.Univariate(
-        tts.PiecewiseConstant(jumps=_jumps(trajectory), values=settings["values"]),
-        neurons=int(np.shape(trajectory.slow)[-1]),
-        eta=float(settings["eta"]),
-        noise=float(settings["noise"]),
-    )
-
-
-def _jumps(trajectory: tts.Trajectory) -> np.ndarray:
-    return np.asarray(trajectory.coords["jump"], dtype=float)
-
-
-def _first(values: Any) -> np.ndarray:
-    """Seed 0 of an array `[seeds, T, ...]` or of one without seeds, `[T, ...]`."""
-    array = np.asarray(values)
-    return array[0] if array.ndim == 3 else array
 
 
 def _first_loss(trajectory: tts.Trajectory) -> tuple[np.ndarray, np.ndarray]:
@@ -553,10 +596,6 @@ def _spread(times: Sequence[float], trajectory: tts.Trajectory, count: int) -> l
     if len(times) == count and max(times) <= end * (1.0 + 1e-6):
         return list(times)
     return list(np.linspace(0.0, end, count))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 # --- figures --------------------------------------------------------------------------------
@@ -582,6 +621,9 @@ class FigureSpec:
 
 
 FIGURES: dict[str, FigureSpec] = {
+    "figure1": FigureSpec("notation", sketch, ("flow",), draw_figure1, "notation"),
+    "figure2": FigureSpec("dynamics", sketch, ("limit",), draw_figure2, "dynamics of the limit"),
+    "proof": FigureSpec("proof", sketch, ("flow",), draw_proof, "sketch of the proof"),
     "figure3": FigureSpec(
         "two_timescale", two_timescale, ("sgd",), draw_figure3, "two-timescale regime, networks"
     ),

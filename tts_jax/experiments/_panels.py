@@ -1,0 +1,53 @@
+"""What figures and animations ask of a trajectory, and the legend they share."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import tts_jax as tts
+
+
+GRID = np.linspace(0.0, 1.0, 2001)
+
+
+def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:
+    """The learning problem of a trajectory, also of one read from a file."""
+    settings = {name: np.asarray(value) for name, value in trajectory.settings.items()}
+    return tts.Univariate(
+        tts.PiecewiseConstant(jumps=jumps_of(trajectory), values=settings["values"]),
+        neurons=int(np.shape(trajectory.slow)[-1]),
+        eta=float(settings["eta"]),
+        noise=float(settings["noise"]),
+    )
+
+
+def jumps_of(trajectory: tts.Trajectory) -> np.ndarray:
+    """Positions of the jumps of the target, `[jumps]`."""
+    return np.asarray(trajectory.coords["jump"], dtype=float)
+
+
+def one_seed(values: Any, seed: int = 0) -> np.ndarray:
+    """A seed of an array `[seeds, T, ...]`, or the whole of one without seeds, `[T, ...]`."""
+    array = np.asarray(values)
+    return array[seed] if array.ndim == 3 else array
+
+
+def nearest(trajectory: tts.Trajectory, tau: float) -> int:
+    """The index of the recorded time nearest to τ."""
+    return int(np.argmin(np.abs(np.asarray(trajectory.tau) - tau)))
+
+
+def legend(owner: Figure, *sources: Axes) -> None:
+    """The entries of `sources`, each once, in one row above all panels of `owner`."""
+    entries: dict[str, Any] = {}
+    for source in sources:
+        for handle, label in zip(*source.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = list(entries)
+    owner.legend(list(entries.values()), labels, loc="outside upper center", ncols=len(labels))
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
