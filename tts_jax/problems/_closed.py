@@ -5,6 +5,7 @@ Products of features, and of a feature with f*, are differences of antiderivativ
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,10 +32,15 @@ class Integrals(NamedTuple):
 
 
 class ClosedForm(_form.Form):
-    """Loss and fields from integrals in closed form."""
+    """Loss and fields from integrals in closed form.
 
-    target: eqx.AbstractVar[AbstractTarget]
-    eta: eqx.AbstractVar[Array]
+    Attributes:
+        target: f*, linear between its breaks.
+        eta: width η.
+    """
+
+    target: AbstractTarget
+    eta: Array
 
     @abc.abstractmethod
     def integrals(self, slow: Float[Array, " m"]) -> Integrals:
@@ -43,6 +49,10 @@ class ClosedForm(_form.Form):
     def loss(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, ""]:
         gram, target = self.gram(slow)
         return fast @ (gram @ fast - 2.0 * target) + _lines(self.target).mean_square()
+
+    def normal(self, slow: Float[Array, " m"]) -> tuple[Array, Callable[[Array], Array]]:
+        gram, target = self.gram(slow)
+        return gram, lambda fast: target - gram @ fast
 
     def fields(
         self, fast: Float[Array, " m1"], slow: Float[Array, " m"]
@@ -60,27 +70,22 @@ class SmoothForm(ClosedForm):
 
     Attributes:
         name: of the step, a key of `SMOOTH_STEPS`.
-        target: f*.
-        eta: width η.
     """
 
     name: str = eqx.field(static=True)
-    target: AbstractTarget
-    eta: Array
 
     @property
     def of(self) -> SmoothStep:
         return SMOOTH_STEPS[self.name]
 
-    def _ends(self, slow: Array) -> tuple[Array, Array]:
+    def _ends(self, slow: Array) -> Float[Array, "2 m"]:
         """z of the two ends of [0, 1]."""
-        return -slow / self.eta, (1.0 - slow) / self.eta
+        return (jnp.asarray([[0.0], [1.0]], slow.dtype) - slow) / self.eta
 
-    def _pairs(self, function: Any, slow: Array) -> Array:
+    def _pairs(self, function: Any, slow: Array) -> Float[Array, "m m"]:
         """The integral over [0, 1] of which `function` is the one over t < 0."""
-        left, right = self._ends(slow)
-        pair = function(right[:, None], right[None, :])
-        return pair - function(left[:, None], left[None, :])
+        ends = self._ends(slow)
+        return jnp.diff(function(ends[:, :, None], ends[:, None, :]), axis=0)[0]
 
     def _against(self, slow: Array, first: Any, second: Any) -> Array:
         """∫₀¹ f*(x) g((x − u_j)/η) dx/η of a g whose integral is `first`, and of that `second`."""
@@ -92,15 +97,15 @@ class SmoothForm(ClosedForm):
         return whole - first(inner) @ lines.heights - self.eta * rest
 
     def gram(self, slow: Float[Array, " m"]) -> tuple[Float[Array, "m1 m1"], Float[Array, " m1"]]:
-        of, (left, right) = self.of, self._ends(slow)
-        single = self.eta * (of.ramp(right) - of.ramp(left))
+        of = self.of
+        single = self.eta * jnp.diff(of.ramp(self._ends(slow)), axis=0)[0]
         gram = _bordered(single, self.eta * self._pairs(of.mean, slow))
         target = self.eta * self._against(slow, of.ramp, of.bowl)
         return gram, jnp.concatenate([_lines(self.target).mean()[None], target])
 
     def integrals(self, slow: Float[Array, " m"]) -> Integrals:
-        of, (left, right) = self.of, self._ends(slow)
-        own = of.step(right) - of.step(left)
+        of = self.of
+        own = jnp.diff(of.step(self._ends(slow)), axis=0)[0]
         cross = jnp.concatenate([own[:, None], self._pairs(of.cdf, slow)], axis=1)
         return Integrals(*self.gram(slow), cross, self._against(slow, of.step, of.ramp))
 
@@ -142,13 +147,10 @@ class CubicForm(ClosedForm):
     """The cubic step onto a piecewise-constant target.
 
     Attributes:
-        target: f*.
-        eta: width η.
         near: whether sums run over near neighbours only (`_plateau`), for many neurons.
     """
 
-    target: PiecewiseConstant
-    eta: Array
+    target: PiecewiseConstant  # pyright: ignore[reportIncompatibleVariableOverride]
     near: bool = eqx.field(static=True)
 
     @property

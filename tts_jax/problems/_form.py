@@ -12,6 +12,7 @@ the jumps of f* in r′.
 """
 
 import abc
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -55,6 +56,10 @@ class Form(eqx.Module):
     def gram(self, slow: Float[Array, " m"]) -> tuple[Float[Array, "m1 m1"], Float[Array, " m1"]]:
         """∫σ_iσ_k and ∫f*σ_i, index 0 for the bias."""
 
+    def normal(self, slow: Float[Array, " m"]) -> tuple[Array, Callable[[Array], Array]]:
+        """G, and −½ ∂L/∂a as a function of a, which is b − G a as accurate as can be."""
+        return self.gram(slow)[0], lambda fast: self.fields(fast, slow)[0] / 2.0
+
     @abc.abstractmethod
     def second(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Second:
         """The integrals of the second derivatives."""
@@ -64,9 +69,7 @@ class Form(eqx.Module):
         del slow
         return jnp.zeros((), fast.dtype)
 
-    def hessian(
-        self, fast: Float[Array, " m1"], slow: Float[Array, " m"]
-    ) -> Float[Array, "n n"]:
+    def hessian(self, fast: Float[Array, " m1"], slow: Float[Array, " m"]) -> Float[Array, "n n"]:
         """The Hessian of the loss in (a, u)."""
         weights, m = fast[1:], slow.size
         of = self.second(fast, slow)
@@ -80,15 +83,13 @@ class Form(eqx.Module):
         """argmin_a L(a, u), of least norm where that is not unique.
 
         By the eigenvectors of G, without what rounding hides, and two corrections by the gradient.
-        Each of these also yields one more order of derivatives, so that first and second ones are
-        those of the minimiser and no eigenvector is differentiated.
+        Each of these also yields one more order of derivatives, so that the first two are those of
+        the minimiser, and no eigenvector is differentiated.
         """
-        solve = _pseudo_inverse(jax.lax.stop_gradient(self.gram(slow)[0]))
-        fast = jnp.zeros(slow.size + 1, slow.dtype)
-        fast = jax.lax.stop_gradient(fast + solve(self.fields(fast, slow)[0] / 2.0))
-        for _ in range(CORRECTIONS):
-            fast = fast + solve(self.fields(fast, slow)[0] / 2.0)
-        return fast
+        gram, pull = self.normal(slow)
+        solve = _pseudo_inverse(jax.lax.stop_gradient(gram))
+        start = jnp.zeros(slow.size + 1, gram.dtype)
+        return jax.lax.fori_loop(0, SOLVES, lambda _, fast: fast + solve(pull(fast)), start)
 
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of G; infinite where rounding hides the smallest eigenvalue."""
@@ -101,12 +102,11 @@ class Form(eqx.Module):
         return trace, jnp.linalg.norm(hessian[split:, split:], ord=2)
 
 
-CORRECTIONS = 2
+SOLVES = 3  # the first one and two corrections
 
 
-def _pseudo_inverse(gram: Float[Array, "n n"]):
-    """G⁺ as a function, which fades out below `FADED` and ends at `HIDDEN`, both relative to the
-    largest eigenvalue.
+def _pseudo_inverse(gram: Float[Array, "n n"]) -> Callable[[Array], Array]:
+    """G⁺ as a function, which fades out below 100 ulp of the largest eigenvalue and ends at 8.
 
     It fades so that neurons may come together without a jump in the fit; below the end there is
     only rounding.

@@ -5,7 +5,7 @@ With σ′ the density of a random Z and S₁ = ∫σ, S₂ = ∫S₁ (from −�
     P(p, q) = ∫_{t<0} σ(t + p) σ(t + q) dt,   ∂P/∂p = Q(p, q) = ∫_{t<0} σ′(t + p) σ(t + q) dt,
     ∂Q/∂q = R(p, q) = ∫_{t<0} σ′(t + p) σ′(t + q) dt,    ∂Q/∂p = σ′(p) σ(q) − R,
 
-and a product over [0, 1] is the difference of two of them. docs/activations.md derives what follows.
+and a product over [0, 1] is the difference of two of them. docs/activations.md has the derivations.
 """
 
 from collections.abc import Callable
@@ -125,8 +125,8 @@ def _erf_cdf(p: Array, q: Array) -> Array:
 
 
 def _erf_mean(p: Array, q: Array) -> Array:
-    """By parts, with z σ′(z) = −σ″(z)/2."""
-    moments = p * _erf_cdf(p, q) + q * _erf_cdf(q, p)
+    """By parts, with z σ′(z) = −σ″(z)/2 and Q(p, q) + Q(q, p) = σ(p) σ(q)."""
+    moments = (p - q) * _erf_cdf(p, q) + q * _erf_step(p) * _erf_step(q)
     ends = _erf_bump(p) * _erf_step(q) + _erf_step(p) * _erf_bump(q)
     return moments + 0.5 * ends - _erf_density(p, q)
 
@@ -158,8 +158,8 @@ def _softplus_gap(low: Array, high: Array) -> Array:
 
 
 def _near_or_far(p: Array, q: Array, near: Pair, far: Any) -> tuple[Array, ...]:
-    """Whether p and q are close, ∫₀^v `near`(v, D) dv, c, their gap, and `far` of the lower one, the
-    higher one and e to the power of their difference."""
+    """Whether p and q are close, ∫₀^v `near`(v, D) dv, c, their gap, and what `far` makes of the
+    lower one, the higher one and e to the power of their difference."""
     p, q = jnp.broadcast_arrays(p, q)
     gap = jnp.clip(p - q, -_NEAR, _NEAR)
     middle = jax.nn.sigmoid((p + q) / 2)

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tts_jax import _checks
 from tts_jax.problems import _form, _quadrature
 from tts_jax.problems._targets import AbstractTarget
+
+
+FEW = 4  # Gauss nodes per panel that are visited at once
 
 
 class Polynomials(NamedTuple):
@@ -76,7 +80,7 @@ def resolved(function: Callable[[Array], Array], reach: float) -> Resolved | Non
 
 def reach_of(eta: Any) -> float:
     """How far |z| gets on [0, 1], with a neuron just outside; beyond that panels are coarse."""
-    return _REACH if isinstance(eta, jax.core.Tracer) else min(1.5 / float(eta), _REACH)
+    return _REACH if _checks.is_traced(eta) else min(1.5 / float(eta), _REACH)
 
 
 class _Nodes(NamedTuple):
@@ -134,8 +138,8 @@ class PanelForm(_form.Form):
     def _integrate(self, slow: Array, integrand: Callable[[_Nodes], Any], count: int) -> Any:
         """Sums over all nodes of what `integrand` makes of one set of them.
 
-        Node k of all panels is one set. Many sets are visited one after the other, which takes
-        little memory.
+        Node k of all panels is one set. A few sets are visited at once, many one after the other,
+        which takes little memory.
         """
         lines = self.target.lines()
         breaks = jnp.asarray(self.target.goals, slow.dtype)
@@ -152,9 +156,9 @@ class PanelForm(_form.Form):
             rows = jnp.concatenate([jnp.ones_like(features[:, :1]), features], axis=1)
             return integrand(_Nodes(x, weight, rows, bumps, target, rise))
 
-        if count <= 4:
-            parts = [visit(x[:, k], weights[:, k]) for k in range(count)]
-            return jax.tree.map(lambda *leaves: sum(leaves), *parts)
+        if count <= FEW:
+            parts = jax.vmap(visit, in_axes=1)(x, weights)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), parts)
         shapes = jax.eval_shape(visit, x[:, 0], weights[:, 0])
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

@@ -1,15 +1,15 @@
 """Gauss–Legendre quadrature on panels that follow the neurons.
 
-A function that is a polynomial of degree `NODES` − 1 on each of its panels, to rounding, is integrated
-with another such function to rounding by `NODES` Gauss nodes on every piece of the common
-refinement. The panels of an activation are fixed in units of z = (x − u)/η, so that they move with
-the neuron, and those of a target in x. Both are found once, from values: where a function is not
-such a polynomial its panel is cut in two. How well that went at a state is then measured there by
-other numbers of nodes.
+A product of two functions that are polynomials of degree `NODES` − 1 on panels of their own, up to
+rounding, is integrated to rounding by `NODES` Gauss nodes on every piece of the common refinement.
+The panels of an activation are fixed in units of z = (x − u)/η, so that they move with the neuron,
+and those of a target in x. Both are found once, from values: where a function is not such a
+polynomial its panel is cut in two. How well that went at a state is then measured there by other
+numbers of nodes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -38,7 +38,7 @@ class _Held(eqx.Module):
 
 def held(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """`function` as a pytree: an `equinox.Module` shows its numbers, anything else has none."""
-    return function if isinstance(function, eqx.Module) else _Held(function)
+    return cast(Any, function) if isinstance(function, eqx.Module) else _Held(function)
 
 
 def released(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

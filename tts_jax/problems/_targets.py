@@ -5,7 +5,7 @@ Each names its goals, the places where a neuron belongs: jumps, kinks, or breakp
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -413,10 +413,10 @@ def as_target(target: Any) -> AbstractTarget:
         TypeError: neither of them.
         ValueError: the callable is not element-wise.
     """
-    if isinstance(target, AbstractTarget) or not callable(target):
-        remedy = (
-            "Build it with `tts.PiecewiseConstant(jumps, values)` or `tts.PiecewiseLinear(knots, "
-            "values)`, or pass a function of x."
-        )
-        return _checks.instance("target", target, AbstractTarget, remedy)
-    return Function(target)
+    if callable(target) and not isinstance(target, AbstractTarget):
+        return Function(cast(Any, target))
+    remedy = (
+        "Build it with `tts.PiecewiseConstant(jumps, values)` or `tts.PiecewiseLinear(knots, "
+        "values)`, or pass a function of x."
+    )
+    return _checks.instance("target", target, AbstractTarget, remedy)

@@ -150,10 +150,10 @@ class Univariate(AbstractProblem):
     def _form(self) -> _form.Form:
         """How the integrals are found."""
         target, eta = self.target, jnp.asarray(self.eta)
-        if self._of_paper:
+        if self.activation == "cubic" and isinstance(target, PiecewiseConstant):
             return CubicForm(target, eta, near=self.neurons >= SORTED_FROM)
         if self._shape is None:
-            return SmoothForm(self.activation, target, eta)
+            return SmoothForm(target, eta, self.activation)
         return _panels.PanelForm(self.sigma, target, eta, self._shape, self.order)
 
     @property
