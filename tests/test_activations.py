@@ -89,8 +89,25 @@ def losses(problem):
     return np.transpose([both(*state) for state in zip(FAST, SLOW, strict=True)])
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("name", SIGMA)
+# every case compiles anew: each way to compute, and the rest as slow tests
+USUAL = {
+    "cubic": ["linear"],
+    "ramp": ["constant"],
+    "logistic": ["constant"],
+    "erf": ["linear", "function"],
+    "relu": ["constant", "linear"],
+    "tanh": ["constant"],
+}
+
+
+def pairs(usual):
+    """All pairs of activation and target, those slow that are not usual."""
+    every = itertools.product(SIGMA, TARGETS)
+    marks = {True: [], False: [pytest.mark.slow]}
+    return [pytest.param(*pair, marks=marks[pair[1] in usual.get(pair[0], [])]) for pair in every]
+
+
+@pytest.mark.parametrize(("name", "kind"), pairs(USUAL))
 def test_loss(name, kind):
     problem = build(name, kind)
     loss, error = losses(problem)
@@ -122,7 +139,7 @@ def test_loss_against_scipy_adaptive_quadrature():
 
 
 @pytest.mark.parametrize("name", ["logistic", "erf"])
-def test_integrals_of_smooth_steps_in_30_digits(name):
+def test_integrals_of_smooth_steps_in_20_digits(name):
     """S₁, S₂, P, Q and R, where formulas change, cancel, or have a removable singularity."""
     step, bump = {
         "logistic": (
@@ -132,34 +149,29 @@ def test_integrals_of_smooth_steps_in_30_digits(name):
         "erf": (lambda z: mp.erfc(-z) / 2, lambda z: mp.exp(-z * z) / mp.sqrt(mp.pi)),
     }[name]
     of = _pairs.SMOOTH_STEPS[name]
-    points = [(0, 0), (0, 1), (-1, 0), (1, -1), (2, 2 + 1e-9), (-3, -3.001), (5, 3), (-6, 4)]
-    points += [(3, 4.9999), (4.9999, 3), (30, 28.5), (40, 40), (30, -20), (-30, -31)]
-    with mp.workdps(30):
+    points = [(0, 0), (0, 1), (-1, 0), (1, -1), (2, 2 + 1e-9), (-6, 4), (3, 4.9999), (30, 28)]
+    with mp.workdps(20):
         for p, q in points:
-            cuts = {-80.0, 0.0, *(min(0.0, max(-80.0, s - c)) for c in (p, q) for s in (-9, 0, 9))}
-            pairs = (step, step), (bump, step), (bump, bump)
+            cuts = {-50.0, 0.0, *(min(0.0, max(-50.0, s - c)) for c in (p, q) for s in (-9, 0, 9))}
+            factors = (step, step), (bump, step), (bump, bump)
             exact = [
                 mp.quad(lambda t, f=f, g=g, p=p, q=q: f(t + p) * g(t + q), sorted(cuts))
-                for f, g in pairs
+                for f, g in factors
             ]
             ours = [float(g(*map(jnp.asarray, (1.0 * p, 1.0 * q)))) for g in of[4:]]
             np.testing.assert_allclose(ours, [float(e) for e in exact], rtol=1e-14, atol=2e-15)
-        for z in (-9.0, -0.7, 0.0, 0.3, 25.0):
-            cuts = [-90.0, -20.0, *([0.0] if z > 0 else []), z]
+        for z in (-0.7, 0.0, 25.0):
+            cuts = [-60.0, -20.0, -5.0, *([0.0] if z > 0 else []), z]
             first = mpmath.quad(step, cuts)
             second = mpmath.quad(lambda t, z=z: (z - t) * step(t), cuts)
             np.testing.assert_allclose(of.ramp(z), float(first), rtol=1e-14, atol=1e-16)
             np.testing.assert_allclose(of.bowl(z), float(second), rtol=1e-14, atol=1e-15)
 
 
-# activation and target: one of each way to compute
-WAYS = [("ramp", "constant"), ("relu", "linear"), ("erf", "linear"), ("tanh", "function")]
-MORE = [("cubic", "linear"), ("relu", "constant"), ("logistic", "constant"), ("ramp", "function")]
+SMOOTH_AND_NOT = {"relu": ["linear"], "logistic": ["constant"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), WAYS + [pytest.param(*way, marks=pytest.mark.slow) for way in MORE]
-)
+@pytest.mark.parametrize(("name", "kind"), pairs(SMOOTH_AND_NOT))
 def test_gradient_and_hessian(name, kind):
     """Integrals, automatic differentiation and differences of the reference agree."""
     problem = build(name, kind)
@@ -194,7 +206,7 @@ def test_gradient_and_hessian(name, kind):
         np.testing.assert_allclose(-fields, differences, atol=3e-5 * (1 + np.abs(fields).max()))
 
 
-@pytest.mark.parametrize(("name", "kind"), WAYS)
+@pytest.mark.parametrize(("name", "kind"), pairs(SMOOTH_AND_NOT))
 def test_critical_manifold(name, kind):
     problem = build(name, kind)
     for slow in SLOW:
@@ -219,29 +231,26 @@ def test_derivatives_of_the_critical_manifold():
 
 def test_estimated_error_is_honest():
     """A kink that quadrature is not told of: errors fall with the order, as their estimates do."""
-    x = np.array([0.137, 0.3333, 0.789])
-    previous = np.full(3, np.inf)
-    for order in (3, 6, 24):
-        errors, estimates = [], []
-        problem = hidden(order, 0.0)
-        both = jax.jit(lambda p, a, u: (p.loss(a, u), p.loss_error(a, u)))
-        for kink in x:
-            problem = hidden(order, kink)
-            fast, slow = np.array([0.3, 1.0, -0.5]), np.array([0.2, 0.6])
-            loss, estimate = both(problem, fast, slow)
+    fast, slow = np.array([0.3, 1.0, -0.5]), np.array([0.2, 0.6])
+    both = jax.jit(lambda problem: (problem.loss(fast, slow), problem.loss_error(fast, slow)))
 
-            def squared(t, kink=kink, fast=fast, slow=slow):
-                z = np.clip((t - slow) / 0.3 + 0.5, 0, 1)
-                return (fast[0] + z @ fast[1:] - np.sqrt(abs(t - kink))) ** 2
+    def exact(kink):
+        def squared(t):
+            z = np.clip((t - slow) / 0.3 + 0.5, 0, 1)
+            return (fast[0] + z @ fast[1:] - np.sqrt(abs(t - kink))) ** 2
 
-            edges = sorted([0, 0.05, 0.35, 0.45, 0.75, kink, 1])
-            pieces = [quad(squared, a, b, epsabs=1e-12)[0] for a, b in itertools.pairwise(edges)]
-            errors.append(abs(float(loss) - sum(pieces)))
-            estimates.append(float(estimate))
-        assert np.all(np.array(errors) <= 5 * np.array(estimates))
-        assert np.all(np.array(estimates) <= 100 * np.array(errors))
-        assert np.sum(estimates) < 0.6 * np.sum(previous)
-        previous = estimates
+        edges = sorted([0, 0.05, 0.35, 0.45, 0.75, kink, 1])
+        return sum(quad(squared, a, b, epsabs=1e-12)[0] for a, b in itertools.pairwise(edges))
+
+    kinks = np.array([0.137, 0.21, 0.3333, 0.49, 0.56, 0.666, 0.789, 0.93])
+    true, totals = np.array([exact(kink) for kink in kinks]), []
+    for order in (4, 16):
+        loss, estimates = np.transpose([both(hidden(order, kink)) for kink in kinks])
+        errors = np.abs(loss - true)
+        assert np.all(errors <= 5 * estimates)
+        assert np.all(estimates <= 100 * errors)
+        totals.append([np.sum(errors), np.sum(estimates)])
+    assert np.all(np.array(totals[1]) < 0.4 * np.array(totals[0]))
 
 
 class Root(eqx.Module):

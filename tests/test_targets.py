@@ -91,14 +91,18 @@ def test_flow_of_relu_against_lsoda(relu, tmp_path):
     assert run.to_xarray()["recovery"].dims == ("tau", "knot")
 
 
-def test_flow_tends_to_the_limit_at_first_order_in_epsilon():
-    problem = tts.Univariate(JUMPS, activation="erf", eta=0.1, neurons=2)
+@pytest.mark.parametrize(
+    ("activation", "solver"),
+    [("ramp", "tsit5"), pytest.param("erf", "rodas5p", marks=pytest.mark.slow)],
+)
+def test_flow_tends_to_the_limit_at_first_order_in_epsilon(activation, solver):
+    problem = tts.Univariate(JUMPS, activation=activation, eta=0.1, neurons=2)
     state = problem.state(slow=[0.2, 0.7])
-    options = {"tau": [0.0, 0.1, 0.2], "rtol": 1e-9, "atol": 1e-9}
+    options = {"tau": [0.0, 0.1, 0.2], "rtol": 1e-9, "atol": 1e-9, "solver": solver}
     limit = tts.limit(problem, state, **options)
     assert np.all(limit.stats["condition"] < 1e4)
-    epsilons = np.array([1e-3, 1e-4, 1e-5])
-    flow = tts.flow(problem, state, epsilon=epsilons, solver="rodas5p", **options)
+    epsilons = np.array([1e-3, 5e-4, 2.5e-4])
+    flow = tts.flow(problem, state, epsilon=epsilons, **options)
     distance = np.max(np.abs(flow.slow - limit.slow), axis=(1, 2))
     slope = np.polyfit(np.log(epsilons), np.log(distance), 1)[0]
     assert abs(slope - 1) < 0.1
