@@ -16,7 +16,9 @@ from tts_jax._trajectory import (
     load as load,
 )
 from tts_jax._version import __version__ as __version__
-from tts_jax.problems.univariate import (
+from tts_jax.problems._targets import (
+    Function as Function,
     PiecewiseConstant as PiecewiseConstant,
-    Univariate as Univariate,
+    PiecewiseLinear as PiecewiseLinear,
 )
+from tts_jax.problems.univariate import Univariate as Univariate

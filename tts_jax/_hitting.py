@@ -95,6 +95,11 @@ def hitting_times(
         remedy = "Leave it out for the limit ε → 0."
         _checks.positive("epsilon", epsilon, remedy)
     known = jax.eval_shape(lambda state: problem.observables(*state), problem.structure())
+    if not known:
+        raise TypeError(
+            f"`hitting_times` needs distances to goals, but this `{type(problem).__name__}` has no "
+            f"observables. Use a target with jumps, knots or breakpoints, or define `observables`."
+        )
     _checks.one_of("observable", observable, known, "Or add it to `problem.observables`.")
     if len(known[observable].shape) != 1:
         raise ValueError(

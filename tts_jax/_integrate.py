@@ -246,7 +246,9 @@ def choose_engine(
         )
     if engine in ("simd", "loop") and engine not in problem.flow_engines:
         kind = type(problem).__name__
-        raise ValueError(f"Argument `engine` is {engine!r}, which `{kind}` does not have. {remedy}")
+        raise ValueError(
+            f"Argument `engine` is {engine!r}, which this `{kind}` does not have. {remedy}"
+        )
     traced = _checks.is_traced(problem, numbers) or _checks.inside_trace()
     reason = None
     if "simd" in problem.flow_engines:

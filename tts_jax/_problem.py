@@ -76,10 +76,16 @@ class AbstractProblem(eqx.Module):
     gradients: ClassVar[tuple[str, ...]] = ("exact",)
     # Whether `sample_loss` accepts lanes, or the problem answers `_lanes.LaneProblem` by itself.
     lanes: ClassVar[bool] = False
-    # Whether its own lane methods also take rows as a tuple, as the GPU kernel passes them.
-    lane_rows: ClassVar[bool] = False
-    # The engines besides Diffrax that `solve_flow` has for `flow` and `limit`, best first.
-    flow_engines: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def lane_rows(self) -> bool:
+        """Whether its own lane methods also take rows as a tuple, as the GPU kernel passes them."""
+        return False
+
+    @property
+    def flow_engines(self) -> tuple[str, ...]:
+        """The engines besides Diffrax that `solve_flow` has for `flow` and `limit`, best first."""
+        return ()
 
     def __hash__(self) -> int:
         # by value, so that a bound method is hashable and `jax.jit(problem.loss)` works
@@ -199,12 +205,20 @@ class AbstractProblem(eqx.Module):
         del slow
         return {}
 
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the axes, for labelled results: `dims`, and those that depend on the problem."""
+        return self.dims
+
     def coords(self) -> dict[str, Any]:
         """Coordinates of the named axes, for labelled results."""
         return {}
 
     def settings(self) -> dict[str, Any]:
         """The numbers that define the problem, stored with every result."""
+        return {}
+
+    def notes(self) -> dict[str, str]:
+        """What defines the problem in words, stored with every result."""
         return {}
 
     def structure(self) -> State:

@@ -343,9 +343,10 @@ def record(
         },
         method=method,
         batch_dims=batch_dims,
-        dims=tuple(problem.dims.items()),
+        dims=tuple(problem.axes().items()),
         notes=(
             ("problem", type(problem).__name__),
+            *problem.notes().items(),
             ("jax", jax.__version__),
             ("python", platform.python_version()),
             *(notes or {}).items(),
