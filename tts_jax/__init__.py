@@ -16,6 +16,7 @@ from tts_jax._trajectory import (
     load as load,
 )
 from tts_jax._version import __version__ as __version__
+from tts_jax.problems.additive import Additive as Additive
 from tts_jax.problems.univariate import (
     PiecewiseConstant as PiecewiseConstant,
     Univariate as Univariate,
