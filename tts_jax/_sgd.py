@@ -137,11 +137,12 @@ def sgd(
         stream_keys, start_keys = (None, None) if key is None else _seed_keys(key, seeds)
         if state is None:
             state = family.init(start_keys)
-        state = batched(problem, state, seeds)
+        state, mine = batched(problem, state, seeds), family
         if jax.process_count() > 1:
             rows = _distributed.my_rows(seeds)
-            family = family.take(rows)
-            state, stream_keys = _rows((state, stream_keys), rows)
+            mine = family.take(rows)
+            state = State(*_rows(tuple(state), rows))
+            stream_keys = None if stream_keys is None else stream_keys[rows]
             stream = None if stream is None else stream.take(rows)
             progress = progress and _distributed.is_first()
         options: dict[str, Any] = {
@@ -152,20 +153,20 @@ def sgd(
         }
         if lanes:
             words = None if stream_keys is None else key_words(stream_keys)
-            cells = [
-                Cell(one, *_rows((state, words), rows), step_size, epsilon)
-                for one, rows in family.cells()
-            ]
+            cells = []
+            for one, rows in mine.cells():
+                part = State(*_rows(tuple(state), rows))
+                cells.append(Cell(one, part, _rows(words, rows), step_size, epsilon))
             run: LaneRun | GeneralRun = LaneRun(cells, engine=engine, **options)
         else:
             options |= {"step_size": step_size, "epsilon": epsilon, "optimizer": optimizer}
-            run = GeneralRun(family, state, stream_keys, **options)
+            run = GeneralRun(mine, state, stream_keys, **options)
         records = _run(run, steps, progress)
     notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
     notes["engine"] = run.engine
     if key is not None:
         notes["key"] = str(np.asarray(jax.random.key_data(typed_key(key))).tolist())
-    trajectory = _answer(family, records, seeds, steps, rates, notes)
+    trajectory = _answer(family, mine, records, seeds, steps, rates, notes)
     return raise_on_failure(trajectory) if throw else trajectory
 
 
@@ -294,8 +295,9 @@ class _Family(NamedTuple):
         numbers = jax.tree.map(lambda *leaves: np.stack(leaves), *(part[0] for part in parts))
         return numbers, parts[0][1]
 
-    def init(self, keys: PRNGKeyArray) -> State:
+    def init(self, keys: PRNGKeyArray | None) -> State:
         """A start for each key, `[seeds, ...]`."""
+        assert keys is not None  # `sgd` has checked
         numbers, static = self.numbers(np.float64)
 
         def one(numbers: Any, key: PRNGKeyArray) -> State:
@@ -479,6 +481,7 @@ def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
 
 def _answer(
     family: _Family,
+    mine: _Family,
     records: list[State],
     seeds: int,
     steps: Sequence[int],
@@ -493,7 +496,7 @@ def _answer(
         return np.where(alive.reshape(*alive.shape, *(1,) * (leaf.ndim - 2)), leaf, np.nan)
 
     fast, slow = jax.tree.map(masked, tuple(state))
-    loss = masked(_losses(family, fast, slow))
+    loss = masked(_losses(mine, fast, slow))
     status = np.where(alive[:, -1], int(Status.SUCCESS), int(Status.DIVERGED)).astype(np.int32)
     fast, slow, loss, status = _distributed.gather((fast, slow, loss, status), seeds)
     return _record(

@@ -11,7 +11,7 @@ and every neuron sees every point.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ class Ordered(eqx.Module):
         points = np.asarray(inputs, dtype=np.float64).T
         dimensions, count = points.shape
         length = _block_length(points, reach)
-        self.values, self.rank, self.order = points, None, None
         if length is None:
+            self.values, self.rank, self.order = cast(Array, points), None, None
             return
         blocks = -(-count // length)
         order = np.argsort(points, axis=1, kind="stable")
@@ -63,9 +63,10 @@ class Ordered(eqx.Module):
             rank[coordinate, order[coordinate]] = np.arange(count) + coordinate * blocks * length
         spare = ((0, 0), (0, blocks * length - count))
         values = np.pad(np.take_along_axis(points, order, axis=1), spare, mode="edge")
-        self.values = values.reshape(dimensions, blocks, length)
-        self.rank = rank
-        self.order = np.pad(order, spare, constant_values=count).astype(np.int32)
+        self.values = cast(Array, values.reshape(dimensions, blocks, length))
+        self.rank = cast(Array, rank)
+        padded = np.pad(order, spare, constant_values=count)
+        self.order = cast(Array, padded.astype(np.int32))
 
     def place(self, slow: Float[Array, "d m"], eta: Array, transition: Transition) -> Placed:
         """Find the blocks that the transitions touch."""
@@ -93,7 +94,7 @@ class Ordered(eqx.Module):
     ) -> Float[Array, " n"]:
         """Σ_c Σ_j a_cj σ((x_ic − u_cj)/η) at every point."""
         values, steps = jnp.asarray(self.values), activation(placed.z)
-        if placed.blocks is None:
+        if placed.blocks is None or placed.beyond is None or self.rank is None:
             return jnp.einsum("cm,cmn->n", weights, steps)
         level = weights * (transition.level - transition.slope * slow / eta)
         total = jnp.sum(jnp.where(placed.beyond, level[:, None, :], 0), axis=-1)[..., None]
@@ -117,7 +118,7 @@ class Ordered(eqx.Module):
     ) -> tuple[Float[Array, "d m"], Float[Array, "d m"]]:
         """Σ_i r_i σ(z_icj) and Σ_i r_i σ′(z_icj)/η for the values r_i."""
         steps, bumps = activation(placed.z), derivative(activation, placed.z)
-        if placed.blocks is None:
+        if placed.blocks is None or placed.beyond is None:
             return steps @ values_at, bumps @ values_at / eta
         extended = jnp.concatenate([values_at, jnp.zeros(1, values_at.dtype)])
         ordered = _take(extended, jnp.asarray(self.order)).reshape(self.values.shape)

@@ -8,7 +8,7 @@ mean square L = ‖r‖₂²/n.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import equinox as eqx
 import jax
@@ -33,6 +33,11 @@ from tts_jax.problems.univariate import PiecewiseConstant, Univariate
 
 Objective = Literal["squared", "norm"]
 _Target = Callable[[Any], Any]
+
+
+def _double(value: Any) -> Array:
+    """Concrete numbers as a NumPy float64 array (they keep their digits whatever x64 says)."""
+    return cast(Array, np.asarray(value, dtype=np.float64))
 
 
 class Additive(AbstractProblem):
@@ -74,6 +79,7 @@ class Additive(AbstractProblem):
         "recovery": ("coordinate", "threshold"),
         "criterion": (),
         "thresholds": ("coordinate", "threshold"),
+        "values": ("coordinate", "piece"),
     }
 
     def __init__(
@@ -130,7 +136,8 @@ class Additive(AbstractProblem):
         _checks.nonnegative("weight_scale", weight_scale, remedy, single=True)
         activation_of(activation)
         self.activation = activation
-        self.objective = _checks.one_of("objective", objective, ("squared", "norm"))  # pyright: ignore[reportAttributeAccessIssue]
+        _checks.one_of("objective", objective, ("squared", "norm"))
+        self.objective = objective
         if batch is not None:
             batch = _checks.positive_integer("batch", batch, "Leave it out to take all points.")
             if objective == "norm":
@@ -139,13 +146,13 @@ class Additive(AbstractProblem):
                     f"samples is not that of the data, got {batch!r}. Use objective 'squared'."
                 )
         self.batch = batch
-        self.eta, self.weight_scale = (np.asarray(x, np.float64) for x in (eta, weight_scale))
+        self.eta, self.weight_scale = _double(eta), _double(weight_scale)
         self.targets = _targets(target, self.dimensions)
-        self.thresholds = self._places(thresholds)
+        self.thresholds = _double(self._places(thresholds))
         if inputs is None:
             inputs = self._draw(samples, key)
         _checks.finite("inputs", inputs, "Give every point finite coordinates.")
-        self.inputs = np.asarray(inputs, dtype=np.float64)
+        self.inputs = _double(inputs)
         if self.inputs.ndim != 2 or self.inputs.shape[1] != self.dimensions or not self.inputs.size:
             raise ValueError(
                 f"Argument `inputs` must have shape [n, {self.dimensions}] with n ≥ 1, one column "
@@ -154,7 +161,7 @@ class Additive(AbstractProblem):
         if labels is None:
             labels = self.target(self.inputs)
         _checks.finite("labels", labels, "Give every point a finite label.")
-        self.labels = np.asarray(labels, dtype=np.float64)
+        self.labels = _double(labels)
         if self.labels.shape != self.inputs.shape[:1]:
             raise ValueError(
                 f"Argument `labels` must have one entry for each of the {self.inputs.shape[0]} "
@@ -307,7 +314,9 @@ class Additive(AbstractProblem):
         variance = mean = jnp.zeros((), fast.dtype)
         for target, weights, places in zip(self.targets, fast, slow, strict=True):
             one = Univariate(target, neurons=self.neurons, eta=self.eta)  # pyright: ignore[reportArgumentType]
-            square, shifted = (one.loss(jnp.append(jnp.full(1, b), weights), places) for b in (0.0, 1.0))
+            square, shifted = (
+                one.loss(jnp.append(jnp.full(1, b), weights), places) for b in (0.0, 1.0)
+            )
             first = (shifted - square - 1.0) / 2.0
             variance, mean = variance + square - first**2, mean + first
         return variance + mean**2
@@ -405,9 +414,7 @@ class Additive(AbstractProblem):
         gaps = jnp.asarray(self.thresholds)[:, :, None] - jnp.asarray(slow)[..., :, None, :]
         return jnp.min(jnp.abs(gaps), axis=-1)
 
-    def observables(
-        self, fast: Float[Array, "d m"], slow: Float[Array, "d m"]
-    ) -> dict[str, Array]:
+    def observables(self, fast: Float[Array, "d m"], slow: Float[Array, "d m"]) -> dict[str, Array]:
         return {"recovery": self.recovery(slow), "criterion": self.criterion(fast, slow)}
 
     def coords(self) -> dict[str, Any]:
@@ -418,11 +425,15 @@ class Additive(AbstractProblem):
         }
 
     def settings(self) -> dict[str, Any]:
+        steps = [one for one in self.targets if isinstance(one, PiecewiseConstant)]
+        known = len(steps) == self.dimensions and len({one.values.shape for one in steps}) == 1
         return {
+            **({"values": np.stack([one.values for one in steps])} if known else {}),
             "eta": self.eta,
             "samples": np.asarray(self.labels.shape[0]),
             "thresholds": self.thresholds,
             "weight_scale": self.weight_scale,
+            "goal_radius": np.nan if self.activation == "relu" else self.eta,
         }
 
     # --- samples ----------------------------------------------------------------------------
