@@ -46,6 +46,27 @@ _GRID = (np.arange(400) + 0.5) / 400
 
 
 @dataclass(frozen=True)
+class Hinges:
+    """The piecewise-linear target Σ_k s_k max(x − v_k, 0) of the ReLU experiment.
+
+    Attributes:
+        thresholds: the kinks v_k.
+        heights: the changes of slope s_k.
+    """
+
+    thresholds: tuple[float, ...]
+    heights: tuple[float, ...]
+
+    def __call__(self, x: Any) -> Any:
+        """Its values at any shape of `x`."""
+        parts = [
+            height * jnp.maximum(jnp.asarray(x) - place, 0.0)
+            for place, height in zip(self.thresholds, self.heights, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+
+@dataclass(frozen=True)
 class Settings:
     """The numbers of one experiment; the defaults are those of the paper in two dimensions.
 
@@ -90,7 +111,7 @@ class Settings:
         """The target of one coordinate: 0 on the left, then a jump or a kink per threshold."""
         if self.activation != "relu":
             return tts.PiecewiseConstant(self.thresholds, np.cumsum([0.0, *self.heights]))
-        return functools.partial(_hinges, self.thresholds, self.heights)
+        return Hinges(self.thresholds, self.heights)
 
     def problems(self) -> list[tts.Additive]:
         """The problem of each seed; seed i has the same data for every number of seeds."""
@@ -115,11 +136,6 @@ class Settings:
         last = self.epochs[self.epsilon.index(epsilon)]
         steps = np.minimum(np.rint(np.linspace(0, last, self.records)), last - 1)
         return epsilon * self.step_size * steps
-
-
-def _hinges(thresholds: Sequence[float], heights: Sequence[float], x: Any) -> Any:
-    kinks, slopes = np.asarray(thresholds), np.asarray(heights)
-    return jnp.sum(slopes * jnp.maximum(jnp.asarray(x)[..., None] - kinks, 0.0), axis=-1)
 
 
 _BOXES_2D = Settings()
