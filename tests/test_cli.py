@@ -139,7 +139,7 @@ def test_reproduce_all(tiny, capsys, monkeypatch, tmp_path):
         data = additive.load_data(out, figure)
         assert set(data) == {"sgd_epsilon_0.01", "sgd_epsilon_1"}
         assert all(np.shape(run.status) == (2,) for run in data.values())
-    row = next(line for line in said.splitlines() if line.startswith("figure_relu"))
+    row = next(line for line in said.splitlines() if line.startswith("figure_relu "))
     assert " - " in row  # a kink has no radius of recovery
     assert "loss SGD" in said
     assert "recovered" in said
