@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import cli
-from tts_jax.experiments import marion_berthier as mb
+from tts_jax.experiments import additive, marion_berthier as mb
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,15 @@ def tiny(monkeypatch):
     }.items():
         settings = dataclasses.replace(mb.SETTINGS[name]["quick"], **change)
         monkeypatch.setitem(mb.SETTINGS, name, {"quick": settings, "paper": settings})
+    # 2-D and 10-D of one shape, which compiles once
+    few |= {"samples": 200, "epochs": (12, 6), "records": 3}
+    for name, change in {
+        "additive_2d": few,
+        "additive_10d": {"dimensions": 2, **few},
+        "additive_relu": few,
+    }.items():
+        settings = dataclasses.replace(additive.SETTINGS[name]["quick"], **change)
+        monkeypatch.setitem(additive.SETTINGS, name, {"quick": settings, "paper": settings})
 
 
 def forbid(monkeypatch):
@@ -67,7 +76,7 @@ def test_help_of_reproduce_is_complete(capsys):
     assert ended.value.code == 0
     # as one line, whatever the width of the terminal
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for word in (*mb.FIGURES, "all", "--scale", "quick", "paper"):
+    for word in (*mb.FIGURES, *additive.FIGURES, "all", "--scale", "quick", "paper"):
         assert word in said
     for word in ("--seeds", "--out", "default: results", "default: quick", "default: 32"):
         assert word in said
@@ -111,8 +120,8 @@ def test_reproduce_all(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tts, "sgd", lambda *a, **k: runs.append(k["epsilon"]) or sgd(*a, **k))
     out = tmp_path / "new" / "folder"
     assert cli.main(["reproduce", "all", "--out", str(out)]) == 0
-    # figures 3 and 4 share their run of SGD
-    assert runs == [2e-5, 1.0, 0.01, 0.1, 1.0]
+    # figures 3 and 4 share their run of SGD, so do figure6 and figure_2d
+    assert runs == [2e-5, 1.0, 0.01, 0.1, 1.0] + 3 * [0.01, 1.0]
     said = capsys.readouterr().out
     for figure in ("figure3", "figure4", "figure5", "figure7"):
         assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
@@ -130,6 +139,13 @@ def test_reproduce_all(tiny, capsys, monkeypatch, tmp_path):
     assert set(mb.load_data(out, "figure4")) == {"sgd", "flow", "limit", "sharp_limit"}
     assert set(mb.load_data(out, "figure5")) == {"sgd", "flow"}
     assert set(mb.load_data(out, "figure7")) == {f"sgd_epsilon_{e:g}" for e in (0.01, 0.1, 1.0)}
+    for figure in additive.FIGURES:
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        data = additive.load_data(out, figure)
+        assert set(data) == {"sgd_epsilon_0.01", "sgd_epsilon_1"}
+        assert all(np.shape(run.status) == (2,) for run in data.values())
+    row = next(line for line in said.splitlines() if line.startswith("figure_relu "))
+    assert " - " in row  # a kink has no radius of recovery
     assert "loss SGD" in said
     assert "recovered" in said
     assert "seconds" in said
@@ -211,6 +227,9 @@ def test_settings_are_the_papers():
     assert paper["same_rate"].steps == 1_000_000
     assert paper["epsilon_boxes"].steps == 30_000_000 + 3_000_000 + 300_000
     assert paper["epsilon_boxes"].seeds >= 20
+    boxes = {name: additive.settings_of(name, "paper") for name in additive.SETTINGS}
+    assert all(one.steps == 5300 and one.seeds == 20 for one in boxes.values())
+    assert [one.samples * one.dimensions for one in boxes.values()] == [2000, 100_000, 1000]
     for name in ("two_timescale", "same_rate", "epsilon_boxes"):
         settings = paper[name]
         assert (settings.neurons, settings.eta, settings.noise) == (20, 4e-3, 1.0)
@@ -233,6 +252,10 @@ def test_bad_settings_are_refused():
         mb.two_timescale(seeds=1, methods=["euler"])
     with pytest.raises(ValueError, match="`figure` must be one of"):
         mb.load_data(".", "figure9")
+    with pytest.raises(ValueError, match="`figure` must be one of"):
+        additive.load_data(".", "figure3")
+    with pytest.raises(ValueError, match="`seeds` must be an integer of at least 1, got 0"):
+        additive.boxes_2d(seeds=0)
 
 
 def test_missing_data_are_named(tmp_path):

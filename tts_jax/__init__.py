@@ -21,4 +21,5 @@ from tts_jax.problems._targets import (
     PiecewiseConstant as PiecewiseConstant,
     PiecewiseLinear as PiecewiseLinear,
 )
+from tts_jax.problems.additive import Additive as Additive
 from tts_jax.problems.univariate import Univariate as Univariate

@@ -293,6 +293,20 @@ class AbstractProblem(eqx.Module):
         return _batch_last.lane_state(lanes)
 
 
+# A problem with more numbers than this, in bytes, holds data that a single state passes over.
+_LARGE = 1 << 16
+
+
+def one_by_one(problem: AbstractProblem) -> bool:
+    """Whether states of the problem are better looked at one after the other than together.
+
+    On a CPU the data of a problem should stay in its cache, and what is computed from them for
+    many states together would not.
+    """
+    sizes = [getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(problem)]
+    return jax.default_backend() == "cpu" and sum(sizes) > _LARGE
+
+
 def batch_shape(problem: AbstractProblem, state: State) -> tuple[int, ...]:
     """The leading axes of `state` beyond those of one unbatched state.
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 from tts_jax import _checks, _compat, _distributed
 from tts_jax._lanes import ENGINES, REPLAY_STEPS, Cell, LaneRun
 from tts_jax._precision import double_precision
-from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._problem import AbstractProblem, State, batch_shape, one_by_one
 from tts_jax._random import key_words, seed_keys, typed_key
 from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
 
@@ -40,7 +40,7 @@ _LOSS_BATCH = 4096  # states whose population loss is computed together
 
 
 def sgd(
-    problem: AbstractProblem,
+    problem: AbstractProblem | Sequence[AbstractProblem],
     *,
     key: PRNGKeyArray | None = None,
     seeds: int | None = None,
@@ -66,10 +66,11 @@ def sgd(
     whole trajectory: all processes must then make the same call.
 
     Arguments:
-        problem: any problem with `sample` and `sample_loss`.
+        problem: any problem with `sample` and `sample_loss`; or a sequence with one problem per
+            seed, alike but for their numbers, such as data sets of one size.
         key: random key; seed i uses two keys folded from it and i, one for its start and one
             for its stream of samples. Not needed when `state` and `samples` are given.
-        seeds: number of seeds; by default that of `state` or `samples`, else 1.
+        seeds: number of seeds; by default that of the problems, `state` or `samples`, else 1.
         epsilon: ratio ε of the two step sizes.
         step_size: step size h of the fast variable.
         tau: slow times to record, `[T]`, strictly increasing and not negative. Each is moved
@@ -110,7 +111,9 @@ def sgd(
         TypeError: called under a JAX transformation, which cannot hold a loop of this length.
         RuntimeError: a seed failed and `throw` is set.
     """
-    given = problem, key, epsilon, step_size, tau, state, samples
+    family = _Family.of(problem)
+    problem = family.first
+    given = family.problems, key, epsilon, step_size, tau, state, samples
     if _checks.inside_trace() or _checks.is_traced(given):
         raise TypeError(
             "`sgd` is a loop on the host and cannot be traced by `jit`, `vmap` or `grad`. Call "
@@ -124,7 +127,7 @@ def sgd(
     dtype = _dtype(dtype, lanes)
     with wide():
         stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
-        seeds = _number_of_seeds(problem, seeds, state, stream)
+        seeds = _number_of_seeds(family, seeds, state, stream)
         if key is None and (state is None or stream is None):
             missing = "starts" if state is None else "samples"
             raise ValueError(
@@ -133,11 +136,12 @@ def sgd(
             )
         stream_keys, start_keys = (None, None) if key is None else _seed_keys(key, seeds)
         if state is None:
-            state = jax.vmap(lambda one: problem.init(key=one))(start_keys)
-        state = batched(problem, state, seeds)
+            state = family.init(start_keys)
+        state, mine = batched(problem, state, seeds), family
         if jax.process_count() > 1:
             rows = _distributed.my_rows(seeds)
-            state = State(*jax.tree.map(lambda leaf: leaf[rows], tuple(state)))
+            mine = family.take(rows)
+            state = State(*_rows(tuple(state), rows))
             stream_keys = None if stream_keys is None else stream_keys[rows]
             stream = None if stream is None else stream.take(rows)
             progress = progress and _distributed.is_first()
@@ -149,17 +153,20 @@ def sgd(
         }
         if lanes:
             words = None if stream_keys is None else key_words(stream_keys)
-            cell = Cell(problem, state, words, step_size, epsilon)
-            run: LaneRun | GeneralRun = LaneRun([cell], engine=engine, **options)
+            cells = []
+            for one, rows in mine.cells():
+                part = State(*_rows(tuple(state), rows))
+                cells.append(Cell(one, part, _rows(words, rows), step_size, epsilon))
+            run: LaneRun | GeneralRun = LaneRun(cells, engine=engine, **options)
         else:
             options |= {"step_size": step_size, "epsilon": epsilon, "optimizer": optimizer}
-            run = GeneralRun(problem, state, stream_keys, **options)
+            run = GeneralRun(mine, state, stream_keys, **options)
         records = _run(run, steps, progress)
     notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
     notes["engine"] = run.engine
     if key is not None:
         notes["key"] = str(np.asarray(jax.random.key_data(typed_key(key))).tolist())
-    trajectory = _answer(problem, records, seeds, steps, rates, notes)
+    trajectory = _answer(family, mine, records, seeds, steps, rates, notes)
     return raise_on_failure(trajectory) if throw else trajectory
 
 
@@ -233,11 +240,94 @@ def _dtype(dtype: Any, lanes: bool) -> np.dtype:
     return np.dtype(chosen)
 
 
+class _Family(NamedTuple):
+    """The problem of all seeds, or one problem for each of them."""
+
+    problems: tuple[AbstractProblem, ...]
+    own: bool
+
+    @staticmethod
+    def of(problem: AbstractProblem | Sequence[AbstractProblem]) -> "_Family":
+        """Check that several problems can run side by side."""
+        own = isinstance(problem, Sequence)
+        problems = tuple(problem) if own else (problem,)
+        remedy = "Build for example `tts.Univariate`, or give a sequence of problems."
+        if not problems:
+            raise ValueError(f"Argument `problem` must hold at least one problem, got []. {remedy}")
+        forms = []
+        for one in problems:
+            _checks.instance("problem", one, AbstractProblem, remedy)
+            leaves, tree = jax.tree.flatten(_abstract(one))
+            forms.append((tree, leaves))
+        for index, form in enumerate(forms):
+            if form != forms[0]:
+                raise ValueError(
+                    f"Argument `problem` must hold problems that are alike but for their numbers, "
+                    f"got one at index {index} that differs from the first in its type, its "
+                    f"settings or the shape of its numbers. Run it by a call of its own."
+                )
+        return _Family(problems, own)
+
+    @property
+    def first(self) -> AbstractProblem:
+        return self.problems[0]
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of seeds in `numbers`."""
+        return 0 if self.own else None
+
+    def take(self, rows: np.ndarray) -> "_Family":
+        """The problems of the seeds `rows`."""
+        return _Family(tuple(self.problems[row] for row in rows), True) if self.own else self
+
+    def cells(self) -> list[tuple[AbstractProblem, slice]]:
+        """Each problem with the seeds that it has."""
+        if not self.own:
+            return [(self.first, slice(None))]
+        return [(one, slice(row, row + 1)) for row, one in enumerate(self.problems)]
+
+    def numbers(self, dtype: Any) -> tuple[Any, Any]:
+        """The numbers of the problem in `dtype`, `[seeds, ...]` if each has its own; the rest."""
+        parts = [eqx.partition(_cast(one, np.dtype(dtype)), eqx.is_array) for one in self.problems]
+        if not self.own:
+            return parts[0]
+        numbers = jax.tree.map(lambda *leaves: np.stack(leaves), *(part[0] for part in parts))
+        return numbers, parts[0][1]
+
+    def init(self, keys: PRNGKeyArray | None) -> State:
+        """A start for each key, `[seeds, ...]`."""
+        assert keys is not None  # `sgd` has checked
+        numbers, static = self.numbers(np.float64)
+
+        def one(numbers: Any, key: PRNGKeyArray) -> State:
+            return eqx.combine(numbers, static).init(key=key)
+
+        return jax.vmap(one, in_axes=(self.axis, 0))(numbers, keys)
+
+
+def _abstract(problem: AbstractProblem) -> Any:
+    """The problem with shapes and dtypes in place of its numbers."""
+
+    def abstract(leaf: Any) -> Any:
+        if isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
+            return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+        return leaf
+
+    return jax.tree.map(abstract, problem)
+
+
+def _rows(tree: PyTree[Array], rows: Any) -> PyTree[Array]:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
 def _number_of_seeds(
-    problem: AbstractProblem, seeds: int | None, state: State | None, stream: "_Stream | None"
+    family: _Family, seeds: int | None, state: State | None, stream: "_Stream | None"
 ) -> int:
-    """The number of seeds on which `seeds`, `state` and `samples` agree."""
-    found = {}
+    """The number of seeds on which `problem`, `seeds`, `state` and `samples` agree."""
+    problem, found = family.first, {}
+    if family.own:
+        found["problem"] = len(family.problems)
     if seeds is not None:
         found["seeds"] = _checks.positive_integer(
             "seeds", seeds, "It is the number of independent runs."
@@ -390,7 +480,8 @@ def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
 
 
 def _answer(
-    problem: AbstractProblem,
+    family: _Family,
+    mine: _Family,
     records: list[State],
     seeds: int,
     steps: Sequence[int],
@@ -405,11 +496,11 @@ def _answer(
         return np.where(alive.reshape(*alive.shape, *(1,) * (leaf.ndim - 2)), leaf, np.nan)
 
     fast, slow = jax.tree.map(masked, tuple(state))
-    loss = masked(population_loss(problem, fast, slow))
+    loss = masked(_losses(mine, fast, slow))
     status = np.where(alive[:, -1], int(Status.SUCCESS), int(Status.DIVERGED)).astype(np.int32)
     fast, slow, loss, status = _distributed.gather((fast, slow, loss, status), seeds)
     return _record(
-        problem,
+        family,
         np.asarray(steps, dtype=np.float64) * (epsilon * step_size),
         (fast, slow),
         loss,
@@ -432,12 +523,23 @@ def finite_states(state: State) -> np.ndarray:
 def population_loss(
     problem: AbstractProblem, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray]
 ) -> np.ndarray:
-    """`problem.loss` of `[seeds, T]` states in float64.
+    """`problem.loss` of `[seeds, T]` states in float64."""
+    return _losses(_Family((problem,), False), fast, slow)
+
+
+def _losses(family: _Family, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray]) -> np.ndarray:
+    """The loss of each seed's problem at `[seeds, T]` states in float64.
 
     One state after the other on every device: a branch of the loss then costs only where it is
     taken, while `vmap` would take both, and the value of a state does not depend on the others.
     """
     shape = jax.tree.leaves(fast)[0].shape[:2]
+    if family.own:
+        parts = [
+            _losses(_Family((one,), False), *_rows((fast, slow), rows))
+            for one, rows in family.cells()
+        ]
+        return np.concatenate(parts)
     total = math.prod(shape)
     flat = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), (fast, slow))
     devices = jax.local_devices()
@@ -445,12 +547,12 @@ def population_loss(
     batch = min(_LOSS_BATCH, 1 << (total - 1).bit_length())
     batch = -(-batch // mesh.size) * mesh.size
     with wide():
-        numbers, static = eqx.partition(_cast(problem, np.dtype(np.float64)), eqx.is_array)
+        numbers, static = family.numbers(np.float64)
         program = _loss_program(mesh, static)
         values = []
         for begin in range(0, total, batch):
             rows = np.minimum(np.arange(begin, begin + batch), total - 1)
-            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], flat)
+            part = _rows(flat, rows)
             values.append(np.asarray(program(numbers, _compat.place(part, mesh))))
     return np.concatenate(values)[:total].reshape(shape)
 
@@ -465,11 +567,11 @@ def _loss_program(mesh: Mesh, static: AbstractProblem) -> Any:
 
 
 @double_precision
-def _record(problem, tau, state, loss, status, stats, settings, notes) -> Trajectory:
+def _record(family, tau, state, loss, status, stats, settings, notes) -> Trajectory:
     arrays = jax.tree.map(jnp.asarray, (tau, *state, loss, status, stats))
     tau, fast, slow, loss, status, stats = arrays
     return record(
-        problem,
+        family.problems if family.own else family.first,
         method="sgd",
         tau=tau,
         fast=fast,
@@ -497,7 +599,7 @@ class GeneralRun:
 
     def __init__(
         self,
-        problem: AbstractProblem,
+        family: _Family,
         state: State,
         keys: PRNGKeyArray | None,
         *,
@@ -510,7 +612,7 @@ class GeneralRun:
         own_samples: bool = False,
         devices: Sequence[Any] | None = None,
     ) -> None:
-        """Prepare the run; arguments as in `LaneRun`, with `keys` of the streams, `[seeds]`."""
+        """Prepare the run; arguments as in `LaneRun`, with the `keys` of the streams, `[seeds]`."""
         self._seeds = jax.tree.leaves(state)[0].shape[0]
         devices = list(jax.local_devices() if devices is None else devices)
         mesh = _compat.lane_mesh(devices[: min(self._seeds, len(devices))])
@@ -529,9 +631,11 @@ class GeneralRun:
         memory = () if optimizer is None else jax.vmap(optimizer.init)(start)
         alive = jnp.ones(count, bool)
         self.carry = _compat.place((start, memory, alive), mesh)
-        self._numbers, self._static = eqx.partition(_cast(problem, self._dtype), eqx.is_array)
+        numbers, static = family.numbers(self._dtype)
+        apart = one_by_one(family.first)
+        self._numbers = _compat.place(_rows(numbers, row_of), mesh) if family.own else numbers
         self._program = _general_program(
-            mesh, self._static, gradient, optimizer, samples is not None, own_samples
+            mesh, static, gradient, optimizer, samples is not None, own_samples, family.own, apart
         )
         self.steps = 0
 
@@ -589,8 +693,11 @@ def _cast(problem: AbstractProblem, dtype: np.dtype) -> AbstractProblem:
 
 
 @functools.lru_cache(maxsize=32)
-def _general_program(mesh, static, gradient, optimizer, replay, own) -> Any:
-    """The compiled loop of `GeneralRun`; its trip count is an argument."""
+def _general_program(mesh, static, gradient, optimizer, replay, own, own_problem, apart) -> Any:
+    """The compiled loop of `GeneralRun`; its trip count is an argument.
+
+    Seeds go side by side under `vmap`, or one after the other if `apart`.
+    """
 
     def one_seed(numbers, rates, first, count, source, carry):
         problem = eqx.combine(numbers, static)
@@ -624,10 +731,21 @@ def _general_program(mesh, static, gradient, optimizer, replay, own) -> Any:
 
     def all_seeds(numbers, rates, first, count, source, carry):
         streams = 0 if (own or not replay) else None
-        axes = (None, None, None, None, streams, 0)
-        return jax.vmap(one_seed, in_axes=axes)(numbers, rates, first, count, source, carry)
+        if not apart:
+            axes = (0 if own_problem else None, None, None, None, streams, 0)
+            return jax.vmap(one_seed, in_axes=axes)(numbers, rates, first, count, source, carry)
 
-    split = (False, False, False, False, own or not replay, True)
+        def one(row):
+            mine = row["numbers"] if own_problem else numbers
+            samples = row["source"] if streams == 0 else source
+            return one_seed(mine, rates, first, count, samples, row["carry"])
+
+        rows = {"carry": carry}
+        rows |= {"numbers": numbers} if own_problem else {}
+        rows |= {"source": source} if streams == 0 else {}
+        return lax.map(one, rows)
+
+    split = (own_problem, False, False, False, own or not replay, True)
     return jax.jit(_compat.over_devices(all_seeds, mesh, split))
 
 

@@ -1,10 +1,11 @@
 """The one answer of every dynamics: recorded times, states, losses and a status per lane."""
 
 import enum
+import functools
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from tts_jax._checkpoint import replacing
 from tts_jax._checks import is_traced
-from tts_jax._problem import AbstractProblem
+from tts_jax._problem import AbstractProblem, one_by_one
 from tts_jax._version import __version__
 
 
@@ -313,7 +314,7 @@ def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def record(
-    problem: AbstractProblem,
+    problem: AbstractProblem | Sequence[AbstractProblem],
     *,
     method: str,
     tau: Array,
@@ -327,7 +328,21 @@ def record(
     notes: dict[str, str] | None = None,
     events: dict[str, Array] | None = None,
 ) -> Trajectory:
-    """Assemble the answer of one dynamics; observables are computed from the states."""
+    """Assemble the answer of one dynamics; observables are computed from the states.
+
+    Of several problems each has one entry of the first axis of the states; the names and
+    settings are those of the first.
+    """
+    leading = jnp.ndim(loss)
+    if isinstance(problem, AbstractProblem):
+        observables = over_lanes(_observables, leading, problem, fast, slow)
+    else:
+        each = [
+            over_lanes(_observables, leading - 1, one, *_row((fast, slow), row))
+            for row, one in enumerate(problem)
+        ]
+        observables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        problem = problem[0]
     return Trajectory(
         tau=jnp.asarray(tau),
         fast=fast,
@@ -335,7 +350,7 @@ def record(
         loss=loss,
         status=status,
         stats=stats,
-        observables=over_lanes(_observables, jnp.ndim(loss), problem, fast, slow),
+        observables=observables,
         coords=problem.coords(),
         settings={
             name: value if is_traced(value) else np.asarray(value)
@@ -377,7 +392,16 @@ def over_lanes(
     function: Callable[..., Any], leading: int, problem: AbstractProblem, *states: PyTree[Array]
 ) -> Any:
     """`function(problem, *states)` mapped over the first `leading` axes of the states."""
-    mapped = function
+    mapped = functools.partial(function, problem)
     for _ in range(leading):
-        mapped = jax.vmap(mapped, in_axes=(None, *[0] * len(states)))
-    return mapped(problem, *states)
+        mapped = _each(mapped) if one_by_one(problem) else jax.vmap(mapped)
+    return mapped(*states)
+
+
+def _each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` mapped over the first axis of its arguments, one entry after the other."""
+    return lambda *states: jax.lax.map(lambda state: function(*state), states)
+
+
+def _row(tree: PyTree[Array], row: int) -> PyTree[Array]:
+    return jax.tree.map(lambda leaf: leaf[row], tree)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 
 FigureName = Literal[
-    "figure1", "figure2", "figure3", "figure4", "figure5", "figure7", "proof", "all"
+    *("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7"),
+    *("figure_2d", "figure_10d", "figure_relu", "proof", "all"),
 ]
 AnimationName = Literal["two_timescale", "same_rate"]
 StudyName = Literal["convergence", "initialisation"]
@@ -89,12 +90,15 @@ def reproduce(
     figure: Annotated[
         tyro.conf.Positional[FigureName],
         tyro.conf.arg(
-            metavar="[figure1|figure2|figure3|figure4|figure5|figure7|proof|all]",
+            metavar="[figure1|figure2|figure3|figure4|figure5|figure6|figure7|figure_2d|figure_10d|"
+            "figure_relu|proof|all]",
             help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
             "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
-            "and the limits. figure5: one learning rate for both layers, ε = 1. figure7: box plot "
-            "of the final loss against ε. proof: a sketch of the proof's two phases. all: all of "
-            "these.",
+            "and the limits. figure5: one learning rate for both layers, ε = 1. figure6: two "
+            "dimensions, target, network and neurons. figure7: box plot of the final loss against "
+            "ε. figure_2d, figure_10d, figure_relu: the same for data in two and ten dimensions "
+            "and for ReLU neurons, beside the published outcomes. proof: a sketch of the proof's "
+            "two phases. all: all of these.",
         ),
     ] = "all",
     *,
@@ -102,17 +106,18 @@ def reproduce(
         Scale,
         tyro.conf.arg(
             help="paper: the paper's step size 1e-5 throughout, which is 1.75e8 steps for figures "
-            "3 and 4. quick: 1e-3 for these two, the published quick configuration; figures 5 "
-            "and 7 are the same in both."
+            "3 and 4. quick: 1e-3 for these two, the published quick configuration; the others "
+            "are the same in both."
         ),
     ] = "quick",
     seeds: Annotated[
         int | None,
         tyro.conf.arg(
             metavar="N",
-            help="Number of independent runs. Seed 0 starts from the published positions, except "
-            "in figure7; the sketches draw no other.",
-            help_behavior_hint="(default: 32, for figure7 64, for the sketches 1)",
+            help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
+            "positions; the sketches draw no other.",
+            help_behavior_hint="(default: 32, for figure7 64, for figure6 and the box plots after "
+            "figure7 20, for the sketches 1)",
         ),
     ] = None,
     out: Annotated[
@@ -123,7 +128,7 @@ def reproduce(
 
     Writes a PNG, a PDF and the netCDF data behind each figure, and prints a table of final
     losses and recovered jumps. `tts_jax.load` reads the data. Figures 3 and 4 share one run of
-    SGD.
+    SGD, and so do figure6 and figure_2d.
     """
     if seeds is not None and seeds < 1:
         raise UsageError(
@@ -132,28 +137,33 @@ def reproduce(
         )
     _check_folder(out)
 
-    from tts_jax.experiments import marion_berthier
-
-    chosen = list(marion_berthier.FIGURES) if figure == "all" else [figure]
+    figures = _figures()
     groups: dict[str, list[str]] = {}
-    for name in chosen:
-        groups.setdefault(marion_berthier.FIGURES[name].experiment, []).append(name)
+    for name in list(figures) if figure == "all" else [figure]:
+        groups.setdefault(figures[name].experiment, []).append(name)
     with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
         report = _reproduced(groups, scale, seeds, out)
     report.show()
     return report.code
 
 
+def _figures() -> "dict[str, FigureSpec]":
+    from tts_jax.experiments import additive, marion_berthier
+
+    return marion_berthier.FIGURES | additive.FIGURES
+
+
 def _reproduced(
     groups: "dict[str, list[str]]", scale: Scale, seeds: int | None, out: Path
 ) -> "_Report":
     """Compute, write and draw the figures, those that share an experiment together."""
-    from tts_jax.experiments import marion_berthier
+    from tts_jax.experiments import additive, marion_berthier
 
     report = _Report()
     for experiment, names in groups.items():
-        specs = {name: marion_berthier.FIGURES[name] for name in names}
-        settings = marion_berthier.settings_of(experiment, scale, seeds)
+        specs = {name: _figures()[name] for name in names}
+        home = additive if experiment in additive.SETTINGS else marion_berthier
+        settings = home.settings_of(experiment, scale, seeds)
         methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
         print(f"{', '.join(names)}: {settings.describe(methods)}")
         group = _Group(specs, out)
@@ -646,10 +656,12 @@ def _rows(name: str, runs: "dict[str, Outcome]", seconds: float) -> list[tuple[s
         if not method.startswith("sgd"):
             continue
         others = [_loss(runs[other]) if other in runs else "-" for other in _OTHERS]
-        found = f"{run.recovered:.2f} of {run.jumps}"
+        found, every = f"{run.recovered:.2f} of {run.jumps}", f"{run.all_recovered:.0%}"
+        if np.isnan(run.recovered):
+            found = every = "-"
         time_spent = "" if rows else f"{seconds:.1f}"
         start = (name, f"{run.epsilon:g}", f"{run.tau:g}", f"{run.seeds}", f"{run.failed}")
-        rows.append((*start, _loss(run), *others, found, f"{run.all_recovered:.0%}", time_spent))
+        rows.append((*start, _loss(run), *others, found, every, time_spent))
     return rows
 
 

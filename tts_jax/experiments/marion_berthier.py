@@ -353,7 +353,11 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    _checks.one_of("figure", figure, FIGURES)
+    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+
+
+def read_data(folder: str | os.PathLike[str], figure: str) -> Data:
+    """The files of a figure in `folder`; see `load_data`."""
     stem = f"{figure}_"
     files = sorted(Path(folder).glob(f"{stem}*.nc"))
     if not files:
@@ -377,7 +381,8 @@ class Outcome:
         seeds: number of seeds.
         failed: seeds that did not reach the last time.
         loss: median loss of the others, NaN if there are none.
-        recovered: mean number of jumps with a neuron within η, over the seeds that ended.
+        recovered: mean number of jumps with a neuron within η (or the problem's own radius), over
+            the seeds that ended; NaN for a problem that has no radius.
         jumps: number of jumps of the target.
         all_recovered: share of the seeds that ended with every jump recovered.
     """
@@ -396,19 +401,22 @@ def outcome(trajectory: tts.Trajectory) -> Outcome:
     """Loss and recovered jumps at the last recorded time."""
     good = np.atleast_1d(np.asarray(trajectory.success))
     loss = np.atleast_2d(np.asarray(trajectory.loss))[:, -1]
-    distance = np.asarray(trajectory.observables["recovery"])[..., -1, :]
-    distance = distance.reshape(good.size, -1)
-    found = distance <= float(np.asarray(trajectory.settings["eta"]))
+    distance = np.asarray(trajectory.observables["recovery"])
+    distance = np.take(distance, -1, axis=np.ndim(trajectory.status)).reshape(good.size, -1)
+    settings = trajectory.settings
+    radius = float(np.asarray(settings.get("goal_radius", settings["eta"])))
+    found = distance <= radius
     some = bool(good.any())
+    defined = some and not np.isnan(radius)
     return Outcome(
         epsilon=_epsilon(trajectory),
         tau=float(np.asarray(trajectory.tau)[-1]),
         seeds=int(good.size),
         failed=int(np.sum(~good)),
         loss=float(np.median(loss[good])) if some else float("nan"),
-        recovered=float(np.mean(np.sum(found[good], axis=1))) if some else float("nan"),
+        recovered=float(np.mean(np.sum(found[good], axis=1))) if defined else float("nan"),
         jumps=int(distance.shape[1]),
-        all_recovered=float(np.mean(np.all(found[good], axis=1))) if some else float("nan"),
+        all_recovered=float(np.mean(np.all(found[good], axis=1))) if defined else float("nan"),
     )
 
 
@@ -552,14 +560,19 @@ def _snapshot(
 def _mark_missed(ax: Axes, trajectory: tts.Trajectory) -> None:
     """An arrowhead over each jump that seed 0 has not recovered at the last time."""
     distance = one_seed(trajectory.observables["recovery"])[-1]
-    missed = jumps_of(trajectory)[~(distance <= float(np.asarray(trajectory.settings["eta"])))]
+    missed = ~(distance <= float(np.asarray(trajectory.settings["eta"])))
+    mark_missed(ax, jumps_of(trajectory)[missed])
+
+
+def mark_missed(ax: Axes, missed: np.ndarray, *, side: str = "top") -> None:
+    """An arrowhead at the `"top"` or `"right"` side of the panel for each jump in `missed`."""
+    edge = np.full(missed.size, 0.965)
     if missed.size:
         ax.plot(
-            missed,
-            np.full(missed.size, 0.965),
-            transform=ax.get_xaxis_transform(),
+            *((missed, edge) if side == "top" else (edge, missed)),
+            transform=ax.get_xaxis_transform() if side == "top" else ax.get_yaxis_transform(),
             linestyle="none",
-            marker="v",
+            marker="v" if side == "top" else "<",
             markersize=6.0,
             color=plot.METHODS["flow"].color,
             label="missed jump",

@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tts_jax.plot._style import METHODS, axes, theme
+from tts_jax.plot._style import METHODS, VERMILLION, axes, theme
 
 
-def boxes(groups: Mapping[float, Any], *, points: bool = True, ax: Axes | None = None) -> Axes:
+def boxes(
+    groups: Mapping[float, Any],
+    *,
+    points: bool = True,
+    beside: Mapping[float, Any] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Draw one box per ε of the final losses of its seeds, on a logarithmic axis.
 
     A box spans the quartiles with a line at the median; whiskers reach the last seed within
@@ -18,6 +24,7 @@ def boxes(groups: Mapping[float, Any], *, points: bool = True, ax: Axes | None =
     Args:
         groups: ε to final losses `[seeds]`; values that are not finite are left out.
         points: whether to draw each seed as a dot beside its box.
+        beside: ε to published final losses, drawn left of the box of this ε.
         ax: where to draw; a new figure by default.
 
     Raises:
@@ -54,18 +61,15 @@ def boxes(groups: Mapping[float, Any], *, points: bool = True, ax: Axes | None =
         )
         if points:
             for place, values in zip(places, samples, strict=True):
-                # spread the dots by the golden ratio: even, and the same in every run
-                spread = (np.arange(values.size) * 0.6180339887) % 1.0
-                ax.plot(
-                    place + 0.29 + 0.12 * spread,
-                    values,
-                    linestyle="none",
-                    marker="o",
-                    markersize=2.4,
-                    color=style.color,
-                    alpha=0.45,
-                    markeredgewidth=0.0,
-                )
+                _dots(ax, place + 0.29, values, marker="o", color=style.color)
+        label = "published"
+        for place, epsilon in zip(places, epsilons, strict=True):
+            if beside and epsilon in beside:
+                values = np.asarray(beside[epsilon], dtype=float).ravel()
+                _dots(ax, place - 0.41, values, marker="D", color=VERMILLION, label=label)
+                label = None
+        if beside:
+            ax.legend()
         ax.set_xticks(places, [f"{epsilon:g}" for epsilon in epsilons])
         ax.set_xlim(-0.5, len(samples) - 0.35)
         ax.set_yscale("log")
@@ -73,3 +77,10 @@ def boxes(groups: Mapping[float, Any], *, points: bool = True, ax: Axes | None =
         ax.set_ylabel("final loss, squared $L^2$ error")
         ax.grid(visible=False, axis="x")
     return ax
+
+
+def _dots(ax: Axes, place: float, values: np.ndarray, **look: Any) -> None:
+    """`values` right of `place`, spread by the golden ratio: even, and the same in every run."""
+    spread = (np.arange(values.size) * 0.6180339887) % 1.0
+    shared = {"linestyle": "none", "markersize": 2.4, "alpha": 0.45, "markeredgewidth": 0.0}
+    ax.plot(place + 0.12 * spread, values, **shared, **look)

@@ -12,9 +12,10 @@ the width η first, z = (x − u)/η.
 | `relu` | max(0, z); not a step |
 """
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,34 @@ ACTIVATIONS = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
+
+
+class Transition(NamedTuple):
+    """Where σ is neither 0 nor a straight line: it is 0 left of `start`, and `level + slope z`
+    right of `end`."""
+
+    start: float
+    end: float
+    level: float
+    slope: float
+
+
+_UNBOUNDED = Transition(-math.inf, math.inf, 0.0, 0.0)
+_TRANSITIONS = {
+    "cubic": Transition(-0.5, 0.5, 1.0, 0.0),
+    "ramp": Transition(-0.5, 0.5, 1.0, 0.0),
+    "relu": Transition(0.0, 0.0, 0.0, 1.0),
+}
+
+
+def transition_of(activation: Any) -> Transition:
+    """The transition of an activation, by its name; unbounded where none is known."""
+    return _TRANSITIONS.get(activation, _UNBOUNDED) if isinstance(activation, str) else _UNBOUNDED
+
+
+def derivative(activation: Activation, z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """σ′(z), element by element."""
+    return jax.jvp(activation, (z,), (jnp.ones_like(z),))[1]
 
 
 def activation_of(activation: str | Activation) -> Activation:
