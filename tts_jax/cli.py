@@ -310,11 +310,11 @@ def sweep(
     ] = None,
     checkpoint_every: _CheckpointEvery = 30.0,
 ) -> int:
-    """Run SGD of the univariate problem over a grid of settings.
+    """Run the univariate problem over a grid of settings, by SGD, flow or limit.
 
     The grid is the product of the values of `--epsilon`, `--neurons`, `--eta`, `--step-size` and
-    `--noise`, each one or more numbers. In every cell seed i draws the same numbers. Writes
-    `DIR/sweep.nc` and prints a row per cell.
+    `--noise`, each one or more numbers. In every cell seed i draws the same numbers, so that runs
+    by another `--dynamics` start alike. Writes `DIR/sweep.nc` and prints a row per cell.
 
     Ctrl-C and SIGTERM wait for a checkpoint; `tts-jax resume DIR` goes on from the last one, also
     after a crash, to the same bits.
@@ -369,8 +369,9 @@ def _swept(out: Path, compute: Callable[[], xarray.Dataset]) -> int:
     print(_table(_CELL_HEADER, _cell_rows(dataset)))
     print("\nLosses at the last τ over the seeds that reached it: median, and the band that holds")
     print("80 % of them. A jump counts as recovered when a neuron is within η of it.")
-    if (dataset.status == int(Status.DIVERGED)).any():
-        print(f"DIVERGED: {Status.DIVERGED.advice}")
+    for status in map(Status, np.unique(dataset.status)):
+        if status != Status.SUCCESS:
+            print(f"{status.name}: {status.advice}")
     if not (out / RESULT).exists():
         return 1
     print(f"\nFile: {out / RESULT}")
@@ -378,7 +379,7 @@ def _swept(out: Path, compute: Callable[[], xarray.Dataset]) -> int:
 
 
 _CELL_HEADER = (
-    *("ε", "neurons", "η", "h", "noise", "seeds", "diverged"),
+    *("ε", "neurons", "η", "h", "noise", "seeds", "failed"),
     *("loss", "80 % band", "jumps", "all"),
 )
 
