@@ -178,6 +178,10 @@ class Grid:
         target = PiecewiseConstant(jumps=self.jumps, values=self.values)
         return Univariate(target, neurons=cell.neurons, eta=cell.eta, noise=cell.noise)
 
+    def starts(self, neurons: int) -> State:
+        """The starts of all seeds, `[seeds, ...]`, in every cell of so many neurons."""
+        return _seeds(self, neurons)[1]
+
     def tau(self) -> np.ndarray:
         """The slow times to record, `[records]`; SGD moves them to a cell's nearest steps."""
         if self.records == 1:
