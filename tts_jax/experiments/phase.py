@@ -16,12 +16,13 @@ predictions stand beside what is counted, all of them for the same starts:
   delay δ = ε/(2λ) is the time in which the weights come to resolve the shortest piece, of length
   Δv: many neurons have the Gram matrix of the kernel 1 − max(x, y), whose mode of half-wavelength
   Δv has the eigenvalue λ = m Δv²/π². A scaling estimate.
-- Of SGD: the same, and no neuron is shaken off its jump. At a jump of height w a neuron performs a
-  Brownian motion of strength D = (4/3) ε h s² w² I/η in the potential w² η l(z), z its distance in
-  widths, I = ∫σ′² = 9/5 and l(z) = ∫(σ(y) − 1{y > −z})² dy. With the residual's variance s²/3,
-  s² = noise² + c w², c = 3 ∫(σ − 1{z > 0})² σ′² / I, its stationary density is
-  exp(−(5/6) η² l(z)/(ε h s²)), and the estimate is that of the flow times the product over the
-  jumps of its mass in |z| ≤ 1. The weights' own fluctuations are not in it.
+- Of SGD: the same, and no neuron is shaken off its jump. Let z be the distance of a neuron to its
+  jump of height w in widths, l(z) = ∫(σ(y) − 1{y > −z})² dy and I = ∫σ′² = 9/5. The neuron moves in
+  the potential w² η l(z), and its steps have the variance (4/3) ε h s² w² I/η in a unit of τ, where
+  s²(z) = noise² + c(z) w², c(z) = 3 ∫(σ(y) − 1{y > −z})² σ′(y)² dy / I, is three times that of the
+  residual. Its stationary density is exp(−∫κ l′ dz)/s², κ(z) = (5/6) η²/(ε h s²). The estimate is
+  that of the flow times the product over the jumps of the mass in |z| ≤ 1. Fluctuations of the
+  weights are not in it.
 
 Times τ are without the factor ½ of the paper's text.
 """
@@ -198,18 +199,21 @@ def delay(settings: Settings, epsilon: float, neurons: int) -> float:
 def stays(settings: Settings, epsilon: float, eta: float, step_size: float, noise: float) -> float:
     """Stationary probability that all jumps keep their neurons within η under SGD's noise.
 
-    With κ = (5/6) η²/(ε h s²), the density exp(−κ l(z)) has l = 1/28 + z + 2 (½ − z)⁴ − 1/8 up to
-    z = ½ and l = z − 5/56 beyond, for the cubic step.
+    For the cubic step l′ = 1 − 8 (½ − z)³ up to z = ½ and 1 beyond (see the module).
     """
-    heights = np.diff(settings.values)
-    variance = noise**2 + (15.0 / 44.0) * heights**2  # c = 15/44
+    square = np.diff(settings.values)[:, None] ** 2
+    z, step = np.linspace(0.0, 0.5, 501, retstep=True)
+    rest = 0.5 - z
+    misfit = 9.0 / 44.0 + 144.0 * ((0.5**5 - rest**5) / 5.0 - (0.5**8 - rest**8))
+    variance = noise**2 + misfit / 0.6 * square  # c(z) = 3 misfit / I
     kappa = (5.0 / 6.0) * eta**2 / (epsilon * step_size * variance)
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    z = 0.25 * (1.0 + nodes)
-    potential = z + 2.0 * (0.5 - z) ** 4 - 0.125  # l − l(0)
-    core = 0.25 * np.exp(-np.multiply.outer(kappa, potential)) @ weights
-    middle, far = np.exp(-0.375 * kappa) / kappa, np.exp(-0.875 * kappa) / kappa
-    return float(np.prod((core + middle - far) / (core + middle)))
+    force = kappa * (1.0 - 8.0 * rest**3)
+    fall = np.cumsum(0.5 * step * (force[:, 1:] + force[:, :-1]), axis=1)
+    density = np.exp(-np.pad(fall, ((0, 0), (1, 0)))) / variance
+    core = np.trapezoid(density, z, axis=1)
+    # beyond z = ½ it falls exponentially
+    rate, tail = kappa[:, -1], density[:, -1] / kappa[:, -1]
+    return float(np.prod((core + tail * -np.expm1(-0.5 * rate)) / (core + tail)))
 
 
 def predict(settings: Settings) -> dict[str, np.ndarray]:
@@ -512,7 +516,8 @@ def draw(dataset: xarray.Dataset) -> Figure:
         late = dataset.predicted.values[RULES.index("late_hit")]
         labels = {
             "counted": "half of the starts: counted",
-            "late_hit": "late-hit rule" + (f" ({late[0, 0]:.2f} everywhere)" * (np.ptp(late) == 0)),
+            "late_hit": "late-hit rule"
+            + (f" ({late[0, 0]:.2f} everywhere)" * int(np.ptp(late) == 0.0)),
             "estimate": "estimate with delay, width and noise",
         }
         handles = [Line2D([], [], label=labels[name], **_LINES[name]) for name in labels]
