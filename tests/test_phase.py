@@ -116,7 +116,7 @@ def test_seeds_that_diverge_are_not_recovered(folder):
     assert np.all(flow.failed == 0)
     drawing = phase.draw(dataset)
     assert "100" in {text.get_text() for text in drawing.axes[0].texts}
-    assert "numbers: % diverged" in drawing.axes[0].get_title()
+    assert "numbers: % diverged" in drawing.axes[0].get_title(loc="left")
     assert f"{4 // 2 * settings.seeds} runs of SGD (diverged)" in phase.remarks(dataset)[-1]
 
 
