@@ -250,7 +250,7 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert cli.main(["resume", str(folder)]) == 0
     shown = capsys.readouterr()
-    assert "0.003        6  0.03  0.01      1      3         0" in shown.out
+    assert "0.003        6  0.03  0.01      1      3       0" in shown.out
     assert str(folder / "sweep.nc") in shown.out
     assert cli.main(["sweep", "--out", str(folder), *flags(GRID)]) == 2
     assert f"tts-jax resume {folder}" in capsys.readouterr().err
@@ -589,7 +589,7 @@ def test_progress(tmp_path, monkeypatch, capfd):
     assert "100.0% of 1.6e+05" in lines[-1]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     tts.sweep(GRID, tmp_path / "bar", progress=True)
-    assert "sweep: 100%" in capfd.readouterr().err
+    assert "sweep, sgd: 100%" in capfd.readouterr().err
 
 
 # --- other processes --------------------------------------------------------------------------
