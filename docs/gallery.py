@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from tts_jax import cli, plot
-from tts_jax.experiments import animation, marion_berthier
+from tts_jax.experiments import additive, animation, marion_berthier
 
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these figures only")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = [name for name in marion_berthier.FIGURES if name not in ELSEWHERE]
+    names = [name for name in marion_berthier.FIGURES | additive.FIGURES if name not in ELSEWHERE]
     names += [f"animation_{experiment}" for experiment in animation.FIGURES]
     for name in arguments.only or names:
         path = (
@@ -41,7 +41,8 @@ def main() -> int:
 def drawn(name: str, arguments: argparse.Namespace) -> Path:
     """A figure as a PNG in few colours, which flat drawings do not miss."""
     run(["reproduce", name, "--scale", "quick", "--out", str(arguments.data)])
-    figure = marion_berthier.FIGURES[name].draw(marion_berthier.load_data(arguments.data, name))
+    home = additive if name in additive.FIGURES else marion_berthier
+    figure = home.FIGURES[name].draw(home.load_data(arguments.data, name))
     (image,) = plot.Movie(figure, 1, lambda frame: None).images(DPI)
     path = arguments.out / f"{name}.png"
     image.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tts_jax.experiments import animation, marion_berthier
+from tts_jax.experiments import additive, animation, marion_berthier
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -12,7 +12,7 @@ PAGE = (DOCS / "gallery.md").read_text(encoding="utf-8")
 
 def test_every_figure_and_animation_has_its_command_and_image():
     images = set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE))
-    for name in marion_berthier.FIGURES:
+    for name in marion_berthier.FIGURES | additive.FIGURES:
         assert f"`tts-jax reproduce {name}`" in PAGE
         assert any(Path(image).stem == name for image in images), name
     for name in animation.FIGURES:

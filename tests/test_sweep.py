@@ -106,6 +106,23 @@ def test_every_cell_is_that_of_sgd(whole):
             np.testing.assert_array_equal(cell[name].values, np.asarray(value), err_msg=name)
 
 
+def test_the_limit_over_a_grid(whole, tmp_path):
+    """From the starts of SGD; the flow is in `test_phase.py`."""
+    grid = dataclasses.replace(GRID, dynamics="limit", epsilon=(1e-3,))
+    answer = tts.sweep(grid, tmp_path)
+    assert (answer.attrs["method"], "dtype" in answer.attrs) == ("limit", False)
+    for eta in grid.eta:
+        target = tts.PiecewiseConstant(GRID.jumps, GRID.values)
+        problem = tts.Univariate(target, neurons=6, eta=eta)
+        start = problem.state(slow=grid.starts(6).slow)
+        run = tts.limit(problem, start, tau=np.linspace(0, 0.2, 4))
+        cell = answer.squeeze().sel(eta=eta)
+        np.testing.assert_array_equal(cell.slow, run.slow[:, -1])
+        np.testing.assert_array_equal(cell.loss, run.loss)
+        first = whole.squeeze().sel(eta=eta, epsilon=1e-3).recovery.isel(tau=0)
+        np.testing.assert_allclose(cell.recovery.isel(tau=0), first, atol=1e-6)
+
+
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 def test_cells_of_equal_neurons_and_steps_are_one_run(engine, tmp_path, monkeypatch):
     """Sixteen seeds in each of four cells: 64 lanes, with the bits of four calls of `sgd`."""
@@ -233,7 +250,7 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert cli.main(["resume", str(folder)]) == 0
     shown = capsys.readouterr()
-    assert "0.003        6  0.03  0.01      1      3         0" in shown.out
+    assert "0.003        6  0.03  0.01      1      3       0" in shown.out
     assert str(folder / "sweep.nc") in shown.out
     assert cli.main(["sweep", "--out", str(folder), *flags(GRID)]) == 2
     assert f"tts-jax resume {folder}" in capsys.readouterr().err
@@ -422,6 +439,10 @@ def test_two_programs_do_not_share_a_folder(tmp_path):
         ({"gradient": "none"}, "`gradient` must be one of"),
         ({"dtype": "int8"}, "`dtype` must be one of"),
         ({"engine": "steam"}, "`engine` must be one of"),
+        ({"dynamics": "newton"}, "`dynamics` must be one of"),
+        ({"dynamics": "flow", "engine": "kernel"}, "`engine` must be one of"),
+        ({"dynamics": "flow", "noise": (0.0, 1.0)}, "`noise` must be one number"),
+        ({"dynamics": "limit"}, "`epsilon` must be one number"),
         ({"jumps": (0.5,)}, "`values` must have one entry more"),
     ],
 )
@@ -568,7 +589,7 @@ def test_progress(tmp_path, monkeypatch, capfd):
     assert "100.0% of 1.6e+05" in lines[-1]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     tts.sweep(GRID, tmp_path / "bar", progress=True)
-    assert "sweep: 100%" in capfd.readouterr().err
+    assert "sweep, sgd: 100%" in capfd.readouterr().err
 
 
 # --- other processes --------------------------------------------------------------------------

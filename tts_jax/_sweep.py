@@ -1,9 +1,10 @@
-"""SGD of the univariate problem over a grid of settings, in runs that survive.
+"""The univariate problem over a grid of settings, by SGD, flow or limit, in runs that survive.
 
 A cell is one point of the grid: ε, the number of neurons m, the width η, the step size h and the
-label noise. The work is cut into units, a list of cells × a block of seeds, whose cells have the
-same number of neurons and the same step numbers. A unit runs in chunks of a few seconds; between
-chunks it can be saved, stopped and resumed. The folder of a run holds
+label noise. The work is cut into units, a list of cells × a block of seeds. The cells of a unit of
+SGD have the same number of neurons and the same step numbers; it runs in chunks of a few seconds,
+and between chunks it can be saved, stopped and resumed. A unit of the flow or of the limit is one
+cell, solved in one call. The folder of a run holds
 
     run.json                        the grid and its units
     unit-00000.npz                  the result of a finished unit, never written again
@@ -11,10 +12,11 @@ chunks it can be saved, stopped and resumed. The folder of a run holds
     sweep.nc                        everything, at the end
 
 The random keys of seed i depend on `Grid.key` and i only: in every cell seed i draws the same
-uniform numbers for its start and its samples, so that cells differ by their settings alone. They
-are those of `sgd(problem, key=jax.random.key(grid.key), seeds=grid.seeds, ...)`, whose numbers
-are the same to the last bit. Neither units, chunks, threads, devices, processes nor stops change a
-bit; engines differ by rounding, so that a run keeps to the ones it began with.
+uniform numbers for its start and its samples, so that cells differ by their settings alone, and
+SGD, flow and limit start alike. They are those of `sgd(problem, key=jax.random.key(grid.key),
+seeds=grid.seeds, ...)`, whose numbers are the same to the last bit. Neither units, chunks, threads,
+devices, processes nor stops change a bit; engines differ by rounding, so that a run keeps to the
+ones it began with.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -51,11 +53,14 @@ from tts_jax._checkpoint import (
     write_arrays,
     write_text,
 )
+from tts_jax._flow import flow
+from tts_jax._integrate import EngineName, choose_engine
 from tts_jax._lanes import ENGINES, Cell as LaneCell, LaneRun
+from tts_jax._limit import limit
 from tts_jax._problem import State
 from tts_jax._random import Words, key_words, seed_keys
 from tts_jax._sgd import Pace, batched, finite_states, population_loss, recorded_steps, wide
-from tts_jax._trajectory import Status, write_netcdf
+from tts_jax._trajectory import Status, Trajectory, write_netcdf
 from tts_jax._version import __version__
 from tts_jax.problems.univariate import PiecewiseConstant, Univariate
 
@@ -64,7 +69,9 @@ if TYPE_CHECKING:
     import xarray
 
 
-FORMAT = 1  # of the files of a run; raised when a change makes older runs unreadable
+T = TypeVar("T")
+
+FORMAT = 2  # of the files of a run; raised when a change makes older runs unreadable
 RESULT = "sweep.nc"
 
 _RUN = "run.json"
@@ -72,6 +79,9 @@ _CHUNK_SECONDS = 2.0  # aimed duration of a chunk: checkpoints, Ctrl-C and progr
 _LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 _POLL_SECONDS = 0.2  # between looks at what the other processes have finished
 _AXES = ("epsilon", "neurons", "eta", "step_size", "noise")
+_ENGINES = {"sgd": ENGINES} | dict.fromkeys(("flow", "limit"), ("auto", "simd", "loop", "diffrax"))
+# what a dynamics does not depend on
+_UNUSED = {"sgd": (), "flow": ("step_size", "noise"), "limit": ("epsilon", "step_size", "noise")}
 
 
 # --- what is computed -----------------------------------------------------------------------
@@ -87,12 +97,15 @@ class Grid:
         eta: widths η of a neuron's step, in units of x.
         step_size: step sizes h of the fast variable.
         noise: half-widths of the uniform label noise.
+        dynamics: what moves the neurons. The flow takes a single step size and noise, which play
+            no part, the limit also a single ε.
         seeds: number of independent runs in each cell of the grid.
         tau_end: last slow time.
         records: number of recorded times, evenly spaced from 0 to `tau_end`.
-        gradient: estimator of the sample gradient; `box` is that of the published code.
-        dtype: number format of the steps.
-        engine: what takes the steps, as in `sgd`: by default the fastest that is available.
+        gradient: estimator of SGD's sample gradient; `box` is that of the published code.
+        dtype: number format of SGD's steps.
+        engine: what takes the steps, as in `sgd`, `flow` and `limit`: by default the fastest that
+            is available.
         key: integer from which all random keys are made.
         jumps: places of the target's jumps.
         values: levels of the target, one more than the jumps.
@@ -103,12 +116,13 @@ class Grid:
     eta: tuple[float, ...] = (4e-3,)
     step_size: tuple[float, ...] = (1e-3,)
     noise: tuple[float, ...] = (1.0,)
+    dynamics: Literal["sgd", "flow", "limit"] = "sgd"
     seeds: int = 32
     tau_end: float = 0.035
     records: int = 51
     gradient: Literal["exact", "box"] = "exact"
     dtype: Literal["float32", "float64"] = "float32"
-    engine: Literal["auto", "simd", "kernel", "unrolled", "loop"] = "auto"
+    engine: Literal["auto", "simd", "kernel", "unrolled", "loop", "diffrax"] = "auto"
     key: int = 0
     jumps: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8)
     values: tuple[float, ...] = (1.0, 5.0, 1.0, 3.0, 1.0, 5.0)
@@ -137,12 +151,18 @@ class Grid:
         _checks.positive("tau_end", self.tau_end, "Choose a positive slow time.", single=True)
         _checks.positive_integer("seeds", self.seeds, "It is the number of runs in each cell.")
         _checks.positive_integer("records", self.records, "It is the number of recorded times.")
+        _checks.one_of("dynamics", self.dynamics, _ENGINES)
+        for name in _UNUSED[self.dynamics]:
+            if len(getattr(self, name)) > 1:
+                remedy = f"The {self.dynamics} does not depend on it."
+                raise _checks.argument_error(name, "be one number", getattr(self, name), remedy)
         _checks.one_of("gradient", self.gradient, Univariate.gradients)
         _checks.one_of("dtype", self.dtype, ("float32", "float64"))
-        _checks.one_of("engine", self.engine, ENGINES)
+        _checks.one_of("engine", self.engine, _ENGINES[self.dynamics])
         for cell in self.cells():
             self.problem(cell)
-            self.steps(cell)
+            if self.dynamics == "sgd":
+                self.steps(cell)
 
     def cells(self) -> "list[Cell]":
         """The points of the grid, the last axis fastest."""
@@ -158,15 +178,23 @@ class Grid:
         target = PiecewiseConstant(jumps=self.jumps, values=self.values)
         return Univariate(target, neurons=cell.neurons, eta=cell.eta, noise=cell.noise)
 
+    def starts(self, neurons: int) -> State:
+        """The starts of all seeds, `[seeds, ...]`, in every cell of so many neurons."""
+        return _seeds(self, neurons)[1]
+
     def tau(self) -> np.ndarray:
-        """The slow times to record, `[records]`; each cell moves them to its nearest step."""
+        """The slow times to record, `[records]`; SGD moves them to a cell's nearest steps."""
         if self.records == 1:
             return np.asarray([float(self.tau_end)])
         return np.linspace(0.0, self.tau_end, self.records)
 
     def steps(self, cell: "Cell") -> list[int]:
-        """The step numbers that a cell records, `[records]`."""
+        """The step numbers that a cell of SGD records, `[records]`."""
         return recorded_steps(self.tau(), cell.epsilon * cell.step_size)
+
+    def rounds(self, cell: "Cell") -> int:
+        """What a cell costs a seed: its steps of SGD, or a single solve."""
+        return self.steps(cell)[-1] if self.dynamics == "sgd" else 1
 
 
 class Cell(NamedTuple):
@@ -180,7 +208,7 @@ class Cell(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Some cells of a grid × the seeds `first` to `last − 1`; cells run through the same steps."""
+    """Some cells of a grid × the seeds `first` to `last − 1`, computed together."""
 
     cells: tuple[int, ...]
     first: int
@@ -198,9 +226,11 @@ def plan(grid: Grid, most: int, shares: int = 1) -> list[Unit]:
     A unit holds at most `most` lanes and at most the fair share of one of `shares` processes.
     """
     alike: dict[Any, list[int]] = {}
+    costs: dict[Any, int] = {}
     for index, cell in enumerate(grid.cells()):
-        alike.setdefault((cell.neurons, tuple(grid.steps(cell))), []).append(index)
-    costs = {group: group[0] * group[1][-1] for group in alike}
+        group = (cell.neurons, *grid.steps(cell)) if grid.dynamics == "sgd" else cell
+        alike.setdefault(group, []).append(index)
+        costs[group] = cell.neurons * grid.rounds(cell)
     total = sum(costs[group] * len(cells) * grid.seeds for group, cells in alike.items())
     sized = []
     for group, cells in alike.items():
@@ -230,7 +260,7 @@ def sweep(
     checkpoint_every: float = 30.0,
     progress: bool | None = None,
 ) -> "xarray.Dataset":
-    """Run SGD of the univariate problem over a grid of settings.
+    """Run the univariate problem over a grid of settings, by SGD, flow or limit.
 
     Long runs can be stopped, or killed, and resumed: `resume(out)` goes on from the last
     checkpoint and ends with the same bits. While the call runs, Ctrl-C and SIGTERM wait for the
@@ -253,8 +283,8 @@ def sweep(
         `loss [..., tau]`, `recovery [..., tau, jump]` (distance from each jump to its nearest
         neuron; at most η when recovered), `status [...]`, the final state `fast [..., weight]`
         and `slow [..., neuron]`, and `tau_recorded [epsilon, step_size, tau]`, the multiples of
-        εh that `tau` was moved to. Values of a diverged seed are NaN, as are those of neurons
-        that a cell does not have. It is also written to `sweep.nc` in `out`.
+        εh that SGD moved `tau` to. Values of a failed seed are NaN, as are those of neurons that
+        a cell does not have. It is also written to `sweep.nc` in `out`.
 
     Raises:
         ValueError: a bad argument, or `out` already holds a run.
@@ -300,6 +330,36 @@ def resume(
     folder = Path(out)
     grid, units = _read_description(folder)
     return _run(folder, grid, units, checkpoint_every, progress)
+
+
+def sweep_on(
+    grid: Grid,
+    out: str | os.PathLike[str],
+    *,
+    checkpoint_every: float = 30.0,
+    progress: bool | None = None,
+) -> "xarray.Dataset":
+    """`sweep`, or `resume` where `out` holds a run of the same grid.
+
+    Raises:
+        ValueError: as they do; or `out` holds a run of another grid.
+        OSError: `out` cannot be written.
+        Stopped: as they do.
+    """
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
+    folder = Path(out)
+    if not (folder / _RUN).exists():
+        return sweep(grid, folder, **options)
+    found, _ = _read_description(folder)
+    for field in dataclasses.fields(Grid):
+        here, there = getattr(grid, field.name), getattr(found, field.name)
+        if here != there:
+            raise ValueError(
+                f"Argument `out` must be a folder without a run or with one of the same settings, "
+                f"got `{folder}`, whose `{field.name}` is {there}, not {here}. Choose another "
+                f"folder, or the settings of that run."
+            )
+    return resume(folder, **options)
 
 
 def _check_seconds(checkpoint_every: float) -> None:
@@ -366,7 +426,7 @@ def _read_description(folder: Path) -> tuple[Grid, list[Unit]]:
 
 
 class UnitRun:
-    """A unit under way: its lanes, and what was recorded so far.
+    """A unit of SGD under way: its lanes, and what was recorded so far.
 
     Attributes:
         steps: steps taken.
@@ -482,14 +542,72 @@ class UnitRun:
             self._run.restore(leaves, self.steps)
 
 
-def _in_a_thread(function: Callable[[], int]) -> int:
+class SolveRun:
+    """A unit of the flow or of the limit: nothing at first, everything after `advance`."""
+
+    def __init__(self, grid: Grid, unit: Unit) -> None:
+        """Prepare the starts."""
+        (index,) = unit.cells
+        self._cell = grid.cells()[index]
+        self._problem, self._tau = grid.problem(self._cell), grid.tau()
+        _, state = _seeds(grid, self._cell.neurons)
+        self._state = jax.tree.map(lambda leaf: leaf[unit.first : unit.last], state)
+        self._dynamics = grid.dynamics
+        engine = cast(EngineName, grid.engine)
+        self.engine = choose_engine(engine, self._problem, self._state, own=True)
+        self.steps = 0
+        self._answer: Trajectory | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is solved."""
+        return self._answer is not None
+
+    def advance(self) -> int:
+        """Solve all starts.
+
+        Returns:
+            One, the solves of a lane.
+        """
+        options: dict[str, Any] = {"tau": self._tau, "engine": self.engine}
+
+        def solve() -> Trajectory:
+            if self._dynamics == "limit":
+                return limit(self._problem, self._state, **options)
+            return flow(self._problem, self._state, epsilon=self._cell.epsilon, **options)
+
+        self._answer = _in_a_thread(solve)
+        self.steps = 1
+        return 1
+
+    def result(self) -> dict[str, np.ndarray]:
+        """What a solved unit came to, `[lanes, ...]`."""
+        assert self._answer is not None
+        found = self._answer
+        arrays = {"loss": found.loss, "recovery": found.observables["recovery"]}
+        arrays |= {"status": found.status, "fast": found.fast[:, -1], "slow": found.slow[:, -1]}
+        return {"engine": np.array(self.engine)} | {k: np.asarray(v) for k, v in arrays.items()}
+
+    def save(self) -> dict[str, np.ndarray]:
+        """Nothing but the engine: a solve is not cut in parts."""
+        return {"engine": np.array(self.engine), "steps": np.array(0)}
+
+    def restore(self, saved: Arrays) -> None:
+        """Nothing to do."""
+
+
+def _under_way(grid: Grid, unit: Unit) -> UnitRun | SolveRun:
+    return UnitRun(grid, unit) if grid.dynamics == "sgd" else SolveRun(grid, unit)
+
+
+def _in_a_thread(function: Callable[[], T]) -> T:
     """The answer of `function`, computed in another thread.
 
     Python's signal handlers run in the main thread between its own instructions: a thread that
     only waits hears signals at once.
     """
 
-    def call() -> int:
+    def call() -> T:
         with wide():
             return function()
 
@@ -558,17 +676,18 @@ def _compute(
 ) -> None:
     """Compute the units of this process that have no result yet."""
     cells = grid.cells()
-    work = {i: units[i].lanes * grid.steps(cells[units[i].cells[0]])[-1] for i in mine}
+    work = {i: units[i].lanes * grid.rounds(cells[units[i].cells[0]]) for i in mine}
     missing = [index for index in mine if not files.is_finished(index)]
     finished = [index for index in mine if index not in missing]
     done = sum(work[index] for index in finished)
     neurons = {index: cells[units[index].cells[0]].neurons for index in mine}
     engines = {(neurons[index], str(files.result(index)["engine"])) for index in finished}
     shown = bool(progress) and _distributed.is_first()
-    with _progress(sum(work.values()), done, shown) as update:
+    what = f"sweep, {grid.dynamics}", "seed-step" if grid.dynamics == "sgd" else "solve"
+    with _progress(sum(work.values()), done, shown, *what) as update:
         last = time.monotonic()
         for index in missing:
-            unit, lanes = UnitRun(grid, units[index]), units[index].lanes
+            unit, lanes = _under_way(grid, units[index]), units[index].lanes
             saved = files.last_checkpoint(index)
             if saved is not None:
                 engines.add((neurons[index], str(saved["engine"])))
@@ -707,26 +826,27 @@ def _name(index: int) -> str:
 
 
 @contextmanager
-def _progress(total: int, done: int, shown: bool) -> Iterator[Any]:
-    """Progress in seed-steps: a bar on a terminal, else a line now and then."""
+def _progress(total: int, done: int, shown: bool, name: str, unit: str) -> Iterator[Any]:
+    """Progress in units of work: a bar on a terminal, else a line now and then."""
     if not shown:
         yield lambda count: None
         return
     if not sys.stderr.isatty():
-        yield _Lines(total, done).update
+        yield _Lines(total, done, name, unit).update
         return
     from tqdm import tqdm
 
-    options: dict[str, Any] = {"unit": "step", "unit_scale": True, "smoothing": 0.05}
-    with tqdm(total=total, initial=done, desc="sweep", **options) as bar:
+    options: dict[str, Any] = {"unit": unit, "unit_scale": True, "smoothing": 0.05}
+    with tqdm(total=total, initial=done, desc=name, **options) as bar:
         yield bar.update
 
 
 class _Lines:
     """Progress in lines."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, name: str, unit: str) -> None:
         self._total, self._done, self._first = total, done, done
+        self._name, self._unit = name, unit
         self._began = self._last = time.monotonic()
 
     def update(self, count: int) -> None:
@@ -738,7 +858,8 @@ class _Lines:
         self._last = now
         left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
         share = self._done / max(self._total, 1)
-        say(f"sweep: {share:.1%} of {self._total:.3g} seed-steps, about {left / 60:.1f} min left")
+        of = f"{self._total:.3g} {self._unit}s"
+        say(f"{self._name}: {share:.1%} of {of}, about {left / 60:.1f} min left")
 
 
 # --- the answer -----------------------------------------------------------------------------
@@ -776,9 +897,11 @@ def _dataset(grid: Grid, units: Sequence[Unit], files: _Files) -> "xarray.Datase
         name: ((*_AXES, "seed", *own[name]), array.reshape(*grid.shape, *array.shape[1:]))
         for name, array in values.items()
     }
-    per_step = np.multiply.outer(grid.epsilon, grid.step_size)
-    moved = [[np.asarray(recorded_steps(grid.tau(), one)) * one for one in row] for row in per_step]
-    variables["tau_recorded"] = (("epsilon", "step_size", "tau"), np.asarray(moved))
+    moved = np.broadcast_to(grid.tau(), (len(grid.epsilon), len(grid.step_size), grid.records))
+    if grid.dynamics == "sgd":
+        sizes = np.multiply.outer(grid.epsilon, grid.step_size)
+        moved = np.array([[np.array(recorded_steps(grid.tau(), d)) * d for d in r] for r in sizes])
+    variables["tau_recorded"] = (("epsilon", "step_size", "tau"), moved)
     coords = {axis: list(getattr(grid, axis)) for axis in _AXES} | {
         "seed": np.arange(grid.seeds),
         "tau": grid.tau(),
@@ -787,11 +910,11 @@ def _dataset(grid: Grid, units: Sequence[Unit], files: _Files) -> "xarray.Datase
         "neuron": np.arange(1, most + 1),
     }
     dataset = xarray.Dataset(variables, coords)
+    steps = {"gradient": grid.gradient, "dtype": grid.dtype} if grid.dynamics == "sgd" else {}
     dataset.attrs = {
-        "method": "sgd",
+        "method": grid.dynamics,
         "problem": "Univariate",
-        "gradient": grid.gradient,
-        "dtype": grid.dtype,
+        **steps,
         "engine": ", ".join(sorted(engines)),
         "key": grid.key,
         "values": list(grid.values),

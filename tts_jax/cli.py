@@ -1,7 +1,7 @@
 """The command line: `tts-jax reproduce` computes the paper's figures and writes what they show,
 `tts-jax animate` sets the same runs in motion, `tts-jax study` measures how the dynamics tend to
-each other, `tts-jax sweep` runs SGD over a grid of settings and `tts-jax resume` goes on with a
-sweep.
+each other, `tts-jax phase` draws phase diagrams, `tts-jax sweep` runs a dynamics over a grid of
+settings and `tts-jax resume` goes on with a sweep.
 
 Each command is a function in `APP`; its docstring is its help. Arguments are checked before
 anything is computed, data are written before anything is drawn. Exit codes: 0 everything was
@@ -37,11 +37,22 @@ if TYPE_CHECKING:
 
 
 FigureName = Literal[
-    *("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7"),
-    *("figure_2d", "figure_10d", "figure_relu", "proof", "all"),
+    "figure1",
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure7",
+    "figure_2d",
+    "figure_10d",
+    "figure_relu",
+    "proof",
+    "all",
 ]
 AnimationName = Literal["two_timescale", "same_rate"]
 StudyName = Literal["convergence", "initialisation"]
+PlaneName = Literal["epsilon-neurons", "epsilon-eta", "epsilon-noise", "step-epsilon"]
 Scale = Literal["quick", "paper"]
 
 APP = tyro.extras.SubcommandApp()
@@ -388,6 +399,106 @@ def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> Path:
     return path
 
 
+_CheckpointEvery = Annotated[
+    float, tyro.conf.arg(metavar="SECONDS", help="Time between checkpoints.")
+]
+
+
+@APP.command
+def phase(
+    plane: Annotated[
+        tyro.conf.Positional[PlaneName],
+        tyro.conf.arg(
+            metavar="[epsilon-neurons|epsilon-eta|epsilon-noise|step-epsilon]",
+            help="The settings on the axes: the timescale separation ε against the number of "
+            "neurons, their width η or the label noise; the step size against ε.",
+        ),
+    ] = "epsilon-neurons",
+    *,
+    scale: Annotated[
+        Scale,
+        tyro.conf.arg(
+            help="quick: 6 × 6 cells of 64 seeds, step size 1e-3. paper: 12 × 12 cells of 256 "
+            "seeds, step size 1e-4; minutes on two cores."
+        ),
+    ] = "quick",
+    seeds: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Number of random starts in each cell.",
+            help_behavior_hint="(default: 64, at scale paper 256)",
+        ),
+    ] = None,
+    tau_end: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="TAU",
+            help="Slow time by which all jumps are to be recovered.",
+            help_behavior_hint="(default: 0.035, the paper's)",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
+    ] = Path("results"),
+    checkpoint_every: _CheckpointEvery = 30.0,
+) -> int:
+    """Phase diagram: how often SGD and the flow recover all jumps, in a plane of two settings.
+
+    Writes `DIR/phase_PLANE.nc`, tables in CSV, a PNG and a PDF, and prints where the share of
+    recovered starts falls to one half, beside what the sharp limit predicts.
+
+    The runs and their checkpoints are in `DIR/phase_PLANE/`. After Ctrl-C, SIGTERM or a crash the
+    same command goes on from the last one, to the same bits.
+    """
+    _check_folder(out)
+    from tts_jax.experiments import phase as experiment
+
+    try:
+        settings = experiment.settings_of(plane, scale, seeds, tau_end)
+        settings.check()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(f"{plane}: {settings.describe()}")
+    again = "The same command goes on with the whole diagram."
+    began = time.perf_counter(), time.process_time()
+    name = f"phase_{plane}"
+    try:
+        with terminated_like_interrupted("terminated."):
+            dataset = experiment.compute(
+                settings, out / name, checkpoint_every=checkpoint_every, progress=True
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        print(f"tts-jax: error: `{out}`: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        raise Stopped(f"{stopped} {again}", stopped.signal) from None
+    seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+    print(f"  {seconds[0]:.1f} s, {seconds[1]:.1f} s of processor time\n")
+    return _phase_written(dataset, out / name)
+
+
+def _phase_written(dataset: xarray.Dataset, stem: Path) -> int:
+    """Write a phase diagram's data, tables and figure, and print what it came to."""
+    from tts_jax import plot
+    from tts_jax.experiments import phase as experiment
+
+    report = _Report()
+    files = [write_netcdf(dataset, stem.with_name(f"{stem.name}.nc"))]
+    tables = experiment.tables(dataset)
+    files += [_write_csv(rows, Path(f"{stem}_{name}.csv")) for name, rows in tables.items()]
+    print(_table(tables["boundaries"][0], tables["boundaries"][1:]) + "\n")
+    print("\n".join(experiment.remarks(dataset)))
+    try:
+        files += plot.save(experiment.draw(dataset), stem)
+    except Exception:
+        report.failure(f"{stem.name} could not be drawn; its data are in `{files[0]}`")
+    print("\nFiles: " + ", ".join(str(path) for path in files))
+    return report.code
+
+
 @dataclass(frozen=True)
 class Job:
     """Several processes that share the work, on one machine or many.
@@ -426,11 +537,6 @@ class Job:
             ) from error
 
 
-_CheckpointEvery = Annotated[
-    float, tyro.conf.arg(metavar="SECONDS", help="Time between checkpoints.")
-]
-
-
 @APP.command
 def sweep(
     grid: tyro.conf.OmitArgPrefixes[Grid],
@@ -449,11 +555,11 @@ def sweep(
     ] = None,
     checkpoint_every: _CheckpointEvery = 30.0,
 ) -> int:
-    """Run SGD of the univariate problem over a grid of settings.
+    """Run the univariate problem over a grid of settings, by SGD, flow or limit.
 
     The grid is the product of the values of `--epsilon`, `--neurons`, `--eta`, `--step-size` and
-    `--noise`, each one or more numbers. In every cell seed i draws the same numbers. Writes
-    `DIR/sweep.nc` and prints a row per cell.
+    `--noise`, each one or more numbers. In every cell seed i draws the same numbers, so that runs
+    by another `--dynamics` start alike. Writes `DIR/sweep.nc` and prints a row per cell.
 
     Ctrl-C and SIGTERM wait for a checkpoint; `tts-jax resume DIR` goes on from the last one, also
     after a crash, to the same bits.
@@ -508,8 +614,9 @@ def _swept(out: Path, compute: Callable[[], xarray.Dataset]) -> int:
     print(_table(_CELL_HEADER, _cell_rows(dataset)))
     print("\nLosses at the last τ over the seeds that reached it: median, and the band that holds")
     print("80 % of them. A jump counts as recovered when a neuron is within η of it.")
-    if (dataset.status == int(Status.DIVERGED)).any():
-        print(f"DIVERGED: {Status.DIVERGED.advice}")
+    for status in map(Status, np.unique(dataset.status)):
+        if status != Status.SUCCESS:
+            print(f"{status.name}: {status.advice}")
     if not (out / RESULT).exists():
         return 1
     print(f"\nFile: {out / RESULT}")
@@ -517,7 +624,7 @@ def _swept(out: Path, compute: Callable[[], xarray.Dataset]) -> int:
 
 
 _CELL_HEADER = (
-    *("ε", "neurons", "η", "h", "noise", "seeds", "diverged"),
+    *("ε", "neurons", "η", "h", "noise", "seeds", "failed"),
     *("loss", "80 % band", "jumps", "all"),
 )
 

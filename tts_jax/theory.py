@@ -27,6 +27,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._sharp_limit import sharp_limit
+from tts_jax._trajectory import Trajectory
 from tts_jax.problems import _sharp
 from tts_jax.problems.univariate import PiecewiseConstant, Univariate
 
@@ -247,18 +248,28 @@ def sample_hitting_times(
     _checks.random_key(key)
     neurons = _checks.positive_integer("neurons", neurons, "Use for example 20.")
     count = _checks.positive_integer("count", count, "Use for example 1000.")
-    # neurons beyond 1 play no part: with them few sizes are compiled
-    size = max(16, 1 << (neurons - 1).bit_length())
-    slow = np.full((count, size), 2.0)
-    slow[:, :neurons] = jax.random.uniform(key, (count, neurons), jnp.float64)
-    problem = Univariate(target, neurons=size, eta=1e-3)
-    run = sharp_limit(problem, problem.state(slow=slow), tau=np.zeros(1))
+    slow = np.asarray(jax.random.uniform(key, (count, neurons), jnp.float64))
+    run = padded_sharp_limit(target, slow, np.zeros(1))
     times = np.asarray(run.stats["hitting_time"])
     return {
         "hitting_time": times,
         "recovery_time": times.max(axis=-1, initial=0.0),
         "status": np.asarray(run.status),
     }
+
+
+def padded_sharp_limit(
+    target: PiecewiseConstant,
+    slow: Float[np.ndarray, "starts m"],
+    tau: Float[np.ndarray, " T"],
+) -> Trajectory:
+    """The sharp limit from starts whose missing neurons are NaN; few sizes are compiled."""
+    size = max(16, 1 << (slow.shape[1] - 1).bit_length())
+    # neurons beyond 1 play no part
+    padded = np.full((slow.shape[0], size), 2.0)
+    padded[:, : slow.shape[1]] = np.where(np.isnan(slow), 2.0, slow)
+    problem = Univariate(target, neurons=size, eta=1e-3)
+    return sharp_limit(problem, problem.state(slow=padded), tau=tau)
 
 
 def _lengths(target: PiecewiseConstant) -> Float[np.ndarray, " pieces"]:

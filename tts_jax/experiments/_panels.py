@@ -14,13 +14,16 @@ GRID = np.linspace(0.0, 1.0, 2001)
 
 def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:
     """The learning problem of a trajectory, also of one read from a file."""
-    settings = {name: np.asarray(value) for name, value in trajectory.settings.items()}
     return tts.Univariate(
-        tts.PiecewiseConstant(jumps=jumps_of(trajectory), values=settings["values"]),
+        target_of(trajectory),
         neurons=int(np.shape(trajectory.slow)[-1]),
-        eta=float(settings["eta"]),
-        noise=float(settings["noise"]),
+        **{name: float(np.asarray(trajectory.settings[name])) for name in ("eta", "noise")},
     )
+
+
+def target_of(trajectory: tts.Trajectory) -> tts.PiecewiseConstant:
+    """The target of a trajectory."""
+    return tts.PiecewiseConstant(jumps_of(trajectory), np.asarray(trajectory.settings["values"]))
 
 
 def jumps_of(trajectory: tts.Trajectory) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What studies share: their data as labelled datasets that know the settings, and as files."""
+"""What studies share: labelled datasets that know the settings, their files, and intervals."""
 
 import dataclasses
 import json
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import xarray
+from jaxtyping import Float, Int
+from scipy.special import ndtri
 from tqdm import tqdm
 
 from tts_jax._version import __version__
@@ -60,3 +63,50 @@ def load_data(
             f"{subject} --out {folder}`."
         )
     return data
+
+
+# --- intervals ------------------------------------------------------------------------------
+
+
+def wilson(
+    counted: Int[np.ndarray, "..."] | int, total: int, confidence: float = 0.95
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Wilson's score interval of a probability from `counted` of `total` trials.
+
+    Returns:
+        Its lower and its upper end, `[...]`. Source: Wilson (1927), J. Am. Stat. Assoc. 22, 209.
+    """
+    share = np.asarray(counted) / total
+    square = ndtri(0.5 + confidence / 2.0) ** 2
+    middle = (share + square / (2 * total)) / (1.0 + square / total)
+    reach = square / total * (share * (1.0 - share) + square / (4 * total))
+    reach = np.sqrt(reach) / (1.0 + square / total)
+    # the ends are exact where all or none count
+    low = np.where(share == 0.0, 0.0, middle - reach)
+    return low, np.where(share == 1.0, 1.0, middle + reach)
+
+
+def paired_difference(
+    first: Int[np.ndarray, "..."] | int,
+    second: Int[np.ndarray, "..."] | int,
+    total: int,
+    confidence: float = 0.95,
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """The difference of two shares of the same `total` samples, and its interval.
+
+    Args:
+        first: samples that count for the first share only.
+        second: samples that count for the second share only.
+        total: their number.
+        confidence: of the interval.
+
+    Returns:
+        The difference, its lower and its upper end, `[...]`: Wald's interval with half a sample
+        added to each of the four outcomes, Agresti and Min (2005), Stat. Med. 24, 729.
+    """
+    more = np.asarray(first) - np.asarray(second)
+    either = np.asarray(first) + np.asarray(second)
+    middle = more / (total + 2)
+    error = np.sqrt(either + 1.0 - more**2 / (total + 2)) / (total + 2)
+    reach = ndtri(0.5 + confidence / 2.0) * error
+    return more / total, np.maximum(middle - reach, -1.0), np.minimum(middle + reach, 1.0)

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 import tts_jax as tts
 from tts_jax import _checks, plot
 from tts_jax.experiments import marion_berthier
-from tts_jax.experiments._panels import GRID, jumps_of, number, one_seed, problem_of
+from tts_jax.experiments._panels import GRID, jumps_of, number, one_seed, problem_of, target_of
 from tts_jax.experiments.marion_berthier import Data, OnResult, Scale, Settings
 
 
@@ -187,7 +187,7 @@ class _Column:
         self.networks = [
             np.asarray(problem.predict(a, u, GRID)) for a, u in zip(fast, self.slow, strict=True)
         ]
-        values = np.asarray(problem.target.values)
+        values = np.asarray(target_of(trajectory).values)
         jumps = jumps_of(trajectory)
         plot.network(
             {trajectory.method: (GRID, self.networks[0])},

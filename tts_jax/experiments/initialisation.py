@@ -22,7 +22,6 @@ import numpy as np
 import xarray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 import tts_jax as tts
 from tts_jax import _checks, plot, theory
@@ -189,8 +188,8 @@ def _guaranteed(settings: Settings, neurons: np.ndarray) -> np.ndarray:
 
 def _interval(counted: int, total: int) -> tuple[float, float]:
     """Wilson's interval of a share."""
-    found = binomtest(int(counted), int(total)).proportion_ci(CONFIDENCE, "wilson")
-    return float(found.low), float(found.high)
+    low, high = _study.wilson(counted, total, CONFIDENCE)
+    return float(low), float(high)
 
 
 def _recovered(dataset: xarray.Dataset) -> np.ndarray:

@@ -26,6 +26,7 @@ from tts_jax.experiments._panels import (
     number,
     one_seed,
     problem_of,
+    target_of,
 )
 
 
@@ -43,7 +44,8 @@ def draw_figure1(data: Mapping[str, tts.Trajectory], *, times: Sequence[float] =
     index = nearest(flow, *(times or np.asarray(flow.tau)[-1:]))
     fast, slow = one_seed(flow.fast)[index], one_seed(flow.slow)[index]
     problem = problem_of(flow)
-    jumps, values = np.asarray(problem.target.jumps), np.asarray(problem.target.values)
+    target = target_of(flow)
+    jumps, values = np.asarray(target.jumps), np.asarray(target.values)
     eta = float(problem.eta)
     with plot.theme():
         drawing = plot.figure(5.6, 4.2)
@@ -208,7 +210,8 @@ def _network(ax: Axes, trajectory: tts.Trajectory, index: int, names: Sequence[s
     """A network against the target, with symbols in place of numbers on the axes."""
     fast, slow = one_seed(trajectory.fast)[index], one_seed(trajectory.slow)[index]
     problem = problem_of(trajectory)
-    jumps, values = np.asarray(problem.target.jumps), np.asarray(problem.target.values)
+    target = target_of(trajectory)
+    jumps, values = np.asarray(target.jumps), np.asarray(target.values)
     style = plot.METHODS[trajectory.method]
     plot.network(
         {trajectory.method: (GRID, np.asarray(problem.predict(fast, slow, GRID)))},
@@ -259,7 +262,7 @@ def _hits(limit: tts.Trajectory) -> tuple[np.ndarray, np.ndarray]:
     jumps, slow = jumps_of(limit), one_seed(limit.slow)[0]
     left, right = (np.array(side) for side in zip(*flanks(slow, jumps), strict=True))
     l, r = jumps - slow[left], slow[right] - jumps
-    times = tts.theory.hitting_time(l, r, np.asarray(problem_of(limit).target.heights))
+    times = tts.theory.hitting_time(l, r, np.asarray(target_of(limit).heights))
     return np.asarray(times), np.cbrt(np.abs(l**3 - r**3))
 
 
