@@ -17,7 +17,8 @@ def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:
     return tts.Univariate(
         target_of(trajectory),
         neurons=int(np.shape(trajectory.slow)[-1]),
-        **{name: float(np.asarray(trajectory.settings[name])) for name in ("eta", "noise")},
+        eta=float(np.asarray(trajectory.settings["eta"])),
+        noise=float(np.asarray(trajectory.settings["noise"])),
     )
 
 
