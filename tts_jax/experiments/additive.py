@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot
-from tts_jax.experiments._panels import legend
+from tts_jax.experiments._panels import legend, settings_from
 from tts_jax.experiments.marion_berthier import (
     Data,
     FigureSpec,
@@ -159,12 +159,7 @@ def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None)
     Raises:
         ValueError: an unknown experiment or scale, or `seeds` < 1.
     """
-    _checks.one_of("experiment", experiment, SETTINGS)
-    settings = SETTINGS[experiment][_checks.one_of("scale", scale, SETTINGS[experiment])]
-    if seeds is None:
-        return settings
-    remedy = f"Its default is {settings.seeds}."
-    return replace(settings, seeds=_checks.positive_integer("seeds", seeds, remedy))
+    return settings_from(SETTINGS, experiment, scale, seeds)
 
 
 # --- data -----------------------------------------------------------------------------------

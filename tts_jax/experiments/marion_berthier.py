@@ -33,6 +33,7 @@ from tts_jax.experiments._panels import (
     number,
     one_seed,
     problem_of,
+    settings_from,
 )
 from tts_jax.experiments.sketches import draw_figure1, draw_figure2, draw_proof
 
@@ -191,12 +192,7 @@ def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None)
     Raises:
         ValueError: an unknown experiment or scale, or `seeds` < 1.
     """
-    _checks.one_of("experiment", experiment, SETTINGS)
-    settings = SETTINGS[experiment][_checks.one_of("scale", scale, SETTINGS[experiment])]
-    if seeds is None:
-        return settings
-    remedy = f"Its default is {settings.seeds}."
-    return replace(settings, seeds=_checks.positive_integer("seeds", seeds, remedy))
+    return settings_from(SETTINGS, experiment, scale, seeds)
 
 
 # --- data -----------------------------------------------------------------------------------
