@@ -286,6 +286,7 @@ def test_any_target_and_start(jumps, values, slow):
     assert answer["status"] in (tts.Status.SUCCESS, tts.Status.NOT_UNIQUE)
     assert np.all(known) or answer["status"] == tts.Status.NOT_UNIQUE
     assert known[0]
+    np.testing.assert_array_equal(known, answer["stats"]["reached"] >= TAU)
     positions, loss = answer["slow"][known], answer["loss"][known]
     assert np.all(np.diff(positions[:, np.argsort(answer["slow"][0], kind="stable")]) >= 0)
     assert np.all(np.diff(loss) <= 1e-13 * (1 + loss[0]))
@@ -371,6 +372,7 @@ def test_a_tie_is_reported_and_what_was_known_is_kept():
     assert np.all(np.isnan(tie["loss"][1:]))
     assert np.all(np.isnan(tie["slow"][1:]))
     assert sound["status"] == tts.Status.SUCCESS
+    assert (tie["stats"]["reached"], sound["stats"]["reached"]) == (0.0, TAU[-1])
     assert "not unique" in tts.Status.NOT_UNIQUE.advice
 
 

@@ -36,7 +36,7 @@ def sharp_limit(
         A `Trajectory`, whose loss is that of η → 0. Its `.events` list what happens at any time,
         also beyond the last recorded one; `.stats["hitting_time"]`, `[..., jumps]`, is the τ at
         which a neuron first comes to stay on each jump (infinite if never). A lane whose limit
-        is not unique has the status `NOT_UNIQUE` and NaN after that time.
+        is not unique has the status `NOT_UNIQUE` and NaN after the time `.stats["reached"]`.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape.

@@ -274,7 +274,7 @@ def sharp_trajectories(
         return _by_blocks(finish, (slow, line, real, layout, behind, ahead), BLOCK)
 
     answer = _by_blocks(part, slow, PART)
-    answer["stats"] = {name: value[:, :count] for name, value in answer["stats"].items()}
+    answer["stats"]["hitting_time"] = answer["stats"]["hitting_time"][:, :count]
     return answer
 
 
@@ -328,7 +328,9 @@ def _finish(
     known = ends_well[:, None] | (index < lane.recorded[:, None]) | (tau <= lane.time[:, None])
     positions = jax.vmap(lambda e, of: e[of.entry])(entries, layout)
     positions = jnp.where(layout.outside[..., None], slow[..., None], positions)
+    reached = jnp.where(ends_well, tau[-1], jnp.minimum(lane.time, tau[-1]))
     return answer | {
+        "stats": answer["stats"] | {"reached": reached},
         "fast": jnp.where(known[:, None], fast, jnp.nan).swapaxes(1, 2),
         "slow": jnp.where(known[:, None], positions, jnp.nan).swapaxes(1, 2),
         "loss": jnp.where(known, loss, jnp.nan),
