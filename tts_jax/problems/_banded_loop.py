@@ -548,7 +548,10 @@ def _attempt(
 
 
 def _combined(coefficients: Array, stages: Array) -> Array:
-    return sum(coefficients[j] * stages[j] for j in range(8))  # type: ignore[return-value]
+    total = coefficients[0] * stages[0]
+    for j in range(1, 8):
+        total = total + coefficients[j] * stages[j]
+    return total
 
 
 def _weights(y: Array) -> Array:
