@@ -86,7 +86,11 @@ def _main(
         _die_at(*die_at)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    code = cli.main(arguments) if script is None else script(*arguments)
+    try:
+        code = cli.main(arguments) if script is None else script(*arguments)
+    finally:  # what JAX does at exit; a forked process does not come there
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
     with open(f"{log}.seconds", "w") as file:
         file.write(str(time.process_time()))
     sys.exit(code)
