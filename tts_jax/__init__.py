@@ -1,11 +1,12 @@
 """Fast, exact simulation of two-timescale (fast–slow) learning dynamics in JAX."""
 
-from tts_jax import theory as theory
+from tts_jax import fast as fast, geometry as geometry, regime as regime, theory as theory
 from tts_jax._flow import flow as flow
 from tts_jax._hitting import hitting_times as hitting_times
 from tts_jax._limit import limit as limit
 from tts_jax._problem import AbstractProblem as AbstractProblem, State as State
 from tts_jax._rosenbrock import Rodas5P as Rodas5P
+from tts_jax._separation import separation as separation
 from tts_jax._sgd import sgd as sgd
 from tts_jax._sharp_limit import sharp_limit as sharp_limit
 from tts_jax._sweep import Grid as Grid, resume as resume, sweep as sweep

@@ -91,15 +91,15 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree[Array]:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("devices")))
 
 
-def over_devices(function: Callable, mesh: Mesh, split: Sequence[bool]) -> Callable:
+def over_devices(function: Callable, mesh: Mesh, split: Sequence[Any]) -> Callable:
     """`function` on each device with its slice of the arguments marked in `split`.
 
-    Marked arguments, and all results, are cut along the leading axis of every leaf, whose size
-    must be a multiple of the number of devices; the others are seen whole by every device.
+    Marked arguments, or parts of them where `split` has the marks of these, and all results are
+    cut along the leading axis of every leaf, whose size must be a multiple of the number of devices; the others are seen whole by every device.
     """
     if mesh.size == 1:
         return function
-    specs = tuple(PartitionSpec("devices") if cut else PartitionSpec() for cut in split)
+    specs = jax.tree.map(lambda cut: PartitionSpec("devices" if cut else None), tuple(split))
     return jax.shard_map(
         function,
         mesh=mesh,

@@ -16,9 +16,11 @@ from tts_jax._integrate import (
     EngineName,
     Run,
     as_double,
+    check_noiseless,
     check_start,
     choose_engine,
     lane_answer,
+    projected_jacobian,
     solve,
 )
 from tts_jax._precision import double_precision, require_double_precision
@@ -97,6 +99,7 @@ def flow(
     _checks.positive("epsilon", epsilon, remedy)
     _checks.increasing_times(tau)
     check_start(problem, state)
+    check_noiseless("flow", problem)
     epsilon = as_double(epsilon)
     state = jax.tree.map(as_double, state)
     engine = choose_engine(
@@ -141,7 +144,7 @@ def flow(
 def _slow_time_field(tau: Array, y: State, args: tuple[AbstractProblem, Array]) -> State:
     del tau
     problem, epsilon = args
-    velocity = problem.fields(*y)
+    velocity = problem.fields(y.fast, problem.geometry.project(y.slow))
     return State(jax.tree.map(lambda v: v / epsilon, velocity.fast), velocity.slow)
 
 
@@ -151,7 +154,7 @@ def _slow_time_jacobian(
     del tau
     problem, epsilon = args
     count = sum(leaf.size for leaf in jax.tree.leaves(y.fast))
-    jacobian = problem.jacobian(*y)
+    jacobian = projected_jacobian(problem, y.slow, lambda slow: problem.jacobian(y.fast, slow))
     return jacobian.at[:count].divide(epsilon)
 
 

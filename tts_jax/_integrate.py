@@ -14,11 +14,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tts_jax import _checks, _compat, _simd
-from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry
 from tts_jax._trajectory import Status
+from tts_jax.geometry import Euclidean
 
 
 def as_double(value: ArrayLike) -> Array:
@@ -123,6 +125,7 @@ def lane_answer(
     problem: AbstractProblem, solution: diffrax.Solution, fast: PyTree[Array], slow: PyTree[Array]
 ) -> dict[str, Any]:
     """States, losses, status and step counts of one Diffrax solution."""
+    slow = jax.vmap(problem.geometry.project)(slow)
     fast, slow = jax.tree.map(
         lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, jnp.nan), (fast, slow)
     )
@@ -164,6 +167,29 @@ def check_start(problem: AbstractProblem, state: State) -> None:
     for name, part in (("state.fast", state.fast), ("state.slow", state.slow)):
         for leaf in jax.tree.leaves(part):
             _checks.finite(name, leaf, "Start from finite values.")
+    check_geometry(problem, state)
+
+
+def check_noiseless(who: str, problem: AbstractProblem) -> None:
+    """Refuse a problem with Langevin noise, which is no ordinary differential equation."""
+    if any(one is not None for one in problem.temperature):
+        raise TypeError(
+            f"`{who}` is for problems without noise, but `{type(problem).__name__}` has a "
+            f"`temperature`. Use `sgd`, with `regime='limit'` for the fast variable eliminated."
+        )
+
+
+def projected_jacobian(
+    problem: AbstractProblem, slow: PyTree[Array], rows: Callable[[PyTree[Array]], Array]
+) -> Array:
+    """The Jacobian of a field of the projected slow variable; `rows` gives it at its geometry."""
+    near = problem.geometry.project(slow)
+    jacobian = rows(near)
+    if isinstance(problem.geometry, Euclidean):
+        return jacobian
+    flat, unravel = ravel_pytree(slow)
+    inward = jax.jacfwd(lambda x: ravel_pytree(problem.geometry.project(unravel(x)))[0])(flat)
+    return jacobian.at[:, -flat.size :].set(jacobian[:, -flat.size :] @ inward)
 
 
 class Batch:

@@ -13,15 +13,17 @@ from tts_jax._integrate import (
     EngineName,
     Run,
     as_double,
+    check_noiseless,
     check_start,
     choose_engine,
     lane_answer,
+    projected_jacobian,
     solve,
 )
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
-from tts_jax._trajectory import Trajectory, over_lanes, raise_on_failure, record
+from tts_jax._trajectory import Status, Trajectory, over_lanes, raise_on_failure, record
 
 
 @double_precision
@@ -74,6 +76,7 @@ def limit(
     require_double_precision("limit", problem, state, tau)
     _checks.increasing_times(tau)
     check_start(problem, state)
+    check_noiseless("limit", problem)
     own = solver == "auto" and adjoint is None and progress_meter is None
     engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
@@ -97,6 +100,9 @@ def limit(
     if engine != "simd" or np.any(answer["stats"]["dense"]):  # else the engine has them
         more = over_lanes(_reduced_observables, jnp.ndim(answer["loss"]), problem, answer["slow"])
         answer["stats"] |= more
+        if "converged" in more:  # the fast variable that was found is not on the manifold
+            good = jnp.all(more["converged"], axis=-1) | (answer["status"] != int(Status.SUCCESS))
+            answer["status"] = jnp.where(good, answer["status"], int(Status.SOLVER_FAILED))
     trajectory = record(
         problem,
         method="limit",
@@ -111,18 +117,22 @@ def limit(
 
 def _reduced_field(tau: Array, y: State, problem: AbstractProblem) -> State:
     del tau
-    return State(None, problem.reduced_field(y.slow))
+    return State(None, problem.reduced_field(problem.geometry.project(y.slow)))
 
 
 def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
     del tau
-    return problem.reduced_jacobian(problem.critical(y.slow), y.slow)
+
+    def rows(slow: Any) -> Array:
+        return problem.reduced_jacobian(problem.critical(slow), slow)
+
+    return projected_jacobian(problem, y.slow, rows)
 
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     del epsilon
     solution = run.solve(problem, _reduced_field, State(None, start.slow), problem)
-    slow = cast(list[State], solution.ys)[0].slow
+    slow = jax.lax.map(problem.geometry.project, cast(list[State], solution.ys)[0].slow)
     return lane_answer(problem, solution, jax.lax.map(problem.critical, slow), slow)
 
 

@@ -7,7 +7,7 @@ A fast variable y relaxes at rate 1, a slow variable x at rate ε. In slow time 
 
 `flow` solves this at finite ε, `limit` solves dx/dτ = V(y*(x), x) on the critical manifold
 y*(x) = argmin_y g(y, x), and `sgd` takes steps h for y and εh for x on random samples; step
-k sits at τ = εhk.
+k sits at τ = εhk. Where x lives and how a force moves it is its geometry (`tts_jax.geometry`).
 """
 
 import abc
@@ -20,9 +20,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _batch_last
+from tts_jax import _batch_last, fast as fast_solvers
 from tts_jax._batch_last import Lanes
+from tts_jax._checks import inside_trace, is_traced
 from tts_jax._random import Words
+from tts_jax.geometry import AbstractGeometry, Euclidean
 
 
 class State(NamedTuple):
@@ -40,9 +42,10 @@ class State(NamedTuple):
 class AbstractProblem(eqx.Module):
     """A two-timescale learning problem.
 
-    A subclass answers `init`, `loss` and `critical`; that is enough for `flow` and `limit`.
-    With `sample` and `sample_loss` it also runs under `sgd`. Everything else has a default
-    by automatic differentiation that a subclass may replace by a closed form.
+    A subclass answers `init` and `loss`; that is enough for `flow` and `limit`. With `sample` and
+    `sample_loss` it also runs under `sgd`. Everything else has a default by automatic
+    differentiation that a subclass may replace: the critical manifold is found by `fast_solver`
+    unless the class has a closed form `critical`.
 
     **Lanes.** A subclass that sets `lanes = True` promises that `sample_loss`, and its own
     `sample_gradient` if it has one, also accept every leaf of the state and of the sample with a
@@ -76,6 +79,10 @@ class AbstractProblem(eqx.Module):
     gradients: ClassVar[tuple[str, ...]] = ("exact",)
     # Whether `sample_loss` accepts lanes, or the problem answers `_lanes.LaneProblem` by itself.
     lanes: ClassVar[bool] = False
+    # Whether ∇_y L vanishes on the critical manifold, as it does where g and L have the same
+    # minimiser in y. Then the reduced velocity is V(y*(x), x), by the envelope theorem; otherwise
+    # y*(x) is differentiated.
+    envelope: ClassVar[bool] = True
 
     @property
     def lane_rows(self) -> bool:
@@ -100,17 +107,63 @@ class AbstractProblem(eqx.Module):
     def loss(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
         """The loss L(y, x) of one state."""
 
-    @abc.abstractmethod
+    @property
+    def geometry(self) -> AbstractGeometry:
+        """Where the slow variable lives, and how a force moves it."""
+        return Euclidean()
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the class defines `critical`."""
+        return type(self).critical is not AbstractProblem.critical
+
+    @property
+    def fast_solver(self) -> fast_solvers.AbstractFastSolver:
+        """How y*(x) is found: by default the class's own `critical`, or else Newton's method."""
+        return fast_solvers.ClosedForm() if self.closed_form else fast_solvers.Argmin()
+
+    @property
+    def temperature(self) -> State:
+        """The temperatures T of Langevin noise that `sgd` adds to either variable, or `None`.
+
+        To the slow one √(2T) dB, in slow time and within the tangent space; to the fast one the
+        same in fast time. `flow` and `limit` are for problems without.
+        """
+        return State(None, None)  # pyright: ignore[reportArgumentType]
+
+    def fast_loss(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
+        """The fast loss g(y, x), whose gradient in y moves the fast variable: by default L."""
+        return self.loss(fast, slow)
+
     def critical(self, slow: PyTree[Array]) -> PyTree[Array]:
         """The critical manifold y*(x) = argmin_y g(y, x)."""
+        return self.critical_solution(slow).fast
+
+    def critical_solution(
+        self, slow: PyTree[Array], sample: PyTree[Array] | None = None
+    ) -> fast_solvers.Solution:
+        """y*(x) with what `fast_solver` knows about it; of the fast loss of a sample if given."""
+        return self.fast_solver.solve(self, slow, sample)
+
+    def ridge(
+        self, slow: PyTree[Array], sample: PyTree[Array] | None = None
+    ) -> fast_solvers.RidgeSystem:
+        """The least squares that define y*(x), for the solver `fast.Ridge`."""
+        del slow, sample
+        raise TypeError(
+            f"`{type(self).__name__}` does not define `ridge(slow, sample)`, which `fast.Ridge` "
+            f"solves. Define it, or use `fast.Quadratic` or `fast.Argmin`."
+        )
 
     def fast_field(self, fast: PyTree[Array], slow: PyTree[Array]) -> PyTree[Array]:
         """−∇_y g(y, x): the velocity of the fast variable in fast time t."""
-        return jax.tree.map(jnp.negative, jax.grad(self.loss, argnums=0)(fast, slow))
+        return jax.tree.map(jnp.negative, jax.grad(self.fast_loss, argnums=0)(fast, slow))
 
     def slow_field(self, fast: PyTree[Array], slow: PyTree[Array]) -> PyTree[Array]:
-        """V(y, x): the velocity of the slow variable in slow time τ."""
-        return jax.tree.map(jnp.negative, jax.grad(self.loss, argnums=1)(fast, slow))
+        """V(y, x): the velocity of the slow variable in slow time τ, by default −∇_x L as its
+        geometry has it."""
+        force = jax.tree.map(jnp.negative, jax.grad(self.loss, argnums=1)(fast, slow))
+        return self.geometry.velocity(slow, force)
 
     def fields(self, fast: PyTree[Array], slow: PyTree[Array]) -> State:
         """Both velocities; a problem that shares work between them replaces this one."""
@@ -134,9 +187,29 @@ class AbstractProblem(eqx.Module):
         jacobian = self.jacobian(self.critical(slow), slow)
         return jnp.linalg.norm(jacobian.at[:count].divide(epsilon), ord=2)
 
+    def relaxation_rate(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
+        """The slowest rate, in fast time, at which the fast variable relaxes: the smallest
+        eigenvalue of ∇²_y g."""
+        flat, unravel = ravel_pytree(fast)
+        hessian = jax.hessian(lambda y: self.fast_loss(unravel(y), slow))(flat)
+        return jnp.linalg.eigvalsh(hessian)[0]
+
+    def slow_rate(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
+        """The rate, in slow time, at which the slow variable moves by `slow_scale`."""
+        speeds = [jnp.max(jnp.abs(v)) for v in jax.tree.leaves(self.slow_field(fast, slow))]
+        return jnp.max(jnp.stack(speeds)) / self.slow_scale()
+
+    def reduced_loss(self, slow: PyTree[Array]) -> Float[Array, ""]:
+        """The loss on the critical manifold, L(y*(x), x)."""
+        return self.loss(self.critical(slow), slow)
+
     def reduced_field(self, slow: PyTree[Array]) -> PyTree[Array]:
-        """V(y*(x), x): the velocity of the reduced flow, by the envelope theorem."""
-        return self.slow_field(self.critical(slow), slow)
+        """The velocity of the reduced flow: V(y*(x), x) if `envelope`, else −∇ of `reduced_loss`
+        as the geometry has it."""
+        if self.envelope:
+            return self.slow_field(self.critical(slow), slow)
+        force = jax.tree.map(jnp.negative, jax.grad(self.reduced_loss)(slow))
+        return self.geometry.velocity(slow, force)
 
     def reduced_jacobian(
         self, fast: PyTree[Array], slow: PyTree[Array]
@@ -146,6 +219,9 @@ class AbstractProblem(eqx.Module):
         By the implicit function theorem it is the Schur complement of the fast block of
         `jacobian`, for a fast variable that is stationary on the critical manifold.
         """
+        if not self.envelope:
+            flat, unravel = ravel_pytree(slow)
+            return jax.jacfwd(lambda x: ravel_pytree(self.reduced_field(unravel(x)))[0])(flat)
         count = ravel_pytree(fast)[0].size
         jacobian = self.jacobian(fast, slow)
         response = jnp.linalg.solve(jacobian[:count, :count], jacobian[:count, count:])
@@ -201,9 +277,9 @@ class AbstractProblem(eqx.Module):
         )
 
     def reduced_observables(self, slow: PyTree[Array]) -> dict[str, Array]:
-        """Named quantities that `limit` records into `.stats`, such as a condition number."""
-        del slow
-        return {}
+        """Named quantities that `limit` records into `.stats`, such as a condition number: by
+        default what `fast_solver` knows, if it is not the closed form."""
+        return {} if self.closed_form else self.critical_solution(slow).info
 
     def axes(self) -> dict[str, tuple[str, ...]]:
         """Names of the axes, for labelled results: `dims`, and those that depend on the problem."""
@@ -243,6 +319,12 @@ class AbstractProblem(eqx.Module):
             f"Define `sample_loss(fast, slow, sample)`."
         )
 
+    def sample_fast_loss(
+        self, fast: PyTree[Array], slow: PyTree[Array], sample: PyTree[Array]
+    ) -> Float[Array, ""]:
+        """The fast loss of one training sample: by default `sample_loss`."""
+        return self.sample_loss(fast, slow, sample)
+
     def sample_gradient(
         self,
         fast: PyTree[Array],
@@ -251,16 +333,23 @@ class AbstractProblem(eqx.Module):
         *,
         gradient: str = "exact",
     ) -> State:
-        """The gradient of `sample_loss` in both variables, by the estimator `gradient`.
+        """The gradients of `sample_fast_loss` in y and `sample_loss` in x, by the estimator
+        `gradient`.
 
-        With lanes it is the gradient of the sum of their losses, which holds that of each.
+        With lanes they are those of the sums of their losses, which hold those of each.
         """
         del gradient
 
         def total(fast: PyTree[Array], slow: PyTree[Array]) -> Array:
             return jnp.sum(self.sample_loss(fast, slow, sample))
 
-        return State(*jax.grad(total, argnums=(0, 1))(fast, slow))
+        if type(self).sample_fast_loss is AbstractProblem.sample_fast_loss:
+            return State(*jax.grad(total, argnums=(0, 1))(fast, slow))
+
+        def fast_total(fast: PyTree[Array]) -> Array:
+            return jnp.sum(self.sample_fast_loss(fast, slow, sample))
+
+        return State(jax.grad(fast_total)(fast), jax.grad(total, argnums=1)(fast, slow))
 
     # --- lanes: the defaults of `tts_jax._lanes.LaneProblem` ---
 
@@ -291,6 +380,28 @@ class AbstractProblem(eqx.Module):
     def lane_state(self, lanes: Lanes) -> tuple[State, np.ndarray]:
         """The float64 states `[..., lanes]`, and which lanes are alive, `[lanes]`."""
         return _batch_last.lane_state(lanes)
+
+
+# How far a start may be from its geometry: some rounding of float32.
+_NEAR = 1e-5
+
+
+def check_geometry(problem: AbstractProblem, state: State) -> None:
+    """Refuse a start whose slow variable is not where its geometry has it.
+
+    Raises:
+        ValueError: a concrete slow variable off its geometry.
+    """
+    geometry = problem.geometry
+    if isinstance(geometry, Euclidean) or is_traced(state) or inside_trace():
+        return
+    far = float(geometry.distance(jax.tree.map(jnp.asarray, state.slow)))
+    if not far <= _NEAR:
+        kind = type(getattr(geometry, "of", geometry)).__name__
+        raise ValueError(
+            f"Argument `state.slow` must lie on the problem's `{kind}`, got a point {far:.3g} away "
+            f"from it. Use `problem.geometry.project(slow)`."
+        )
 
 
 # A problem with more numbers than this, in bytes, holds data that a single state passes over.

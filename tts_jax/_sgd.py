@@ -5,8 +5,10 @@ With one random sample ξ_k per step and both gradients at the old state,
     y ← y − h ∇_y ℓ(y, x; ξ_k)
     x ← x − εh ∇_x ℓ(y, x; ξ_k),          τ = εhk after k steps.
 
-Seeds run in lanes (`_lanes`, with an engine for each kind of processor) where the problem offers
-them, else by a `vmap` over seeds, which takes any problem and any optax optimizer.
+That is the regime `"joint"`; others let the fast variable take more steps, or eliminate it
+(`regime`). Seeds run in lanes (`_lanes`, with an engine for each kind of processor) where the
+problem offers them, else by a `vmap` over seeds, which takes any problem, regime, geometry, noise
+and optax optimizer.
 """
 
 import functools
@@ -25,12 +27,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _checks, _compat, _distributed
+from tts_jax import _checks, _compat, _distributed, _separation
 from tts_jax._lanes import ENGINES, REPLAY_STEPS, Cell, LaneRun
 from tts_jax._precision import double_precision
-from tts_jax._problem import AbstractProblem, State, batch_shape, one_by_one
-from tts_jax._random import key_words, seed_keys, typed_key
-from tts_jax._trajectory import Status, Trajectory, raise_on_failure, record
+from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry, one_by_one
+from tts_jax._random import key_words, seed_keys, step_words, typed_key
+from tts_jax._trajectory import Status, Trajectory, of_states, raise_on_failure, record
+from tts_jax.geometry import Euclidean
+from tts_jax.regime import AbstractRegime, Eliminated, Joint, add_noise, regime_of
 
 
 _CALL_SECONDS = 0.5  # aimed duration of one compiled call: Ctrl-C and the progress bar wait for it
@@ -44,15 +48,17 @@ def sgd(
     *,
     key: PRNGKeyArray | None = None,
     seeds: int | None = None,
-    epsilon: float,
+    epsilon: float | None = None,
     step_size: float,
     tau: Float[ArrayLike, " T"],
     state: State | None = None,
+    regime: str | AbstractRegime = "joint",
     gradient: str = "exact",
     dtype: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     samples: PyTree[ArrayLike] | None = None,
     engine: str = "auto",
+    observe_every: int | None = None,
     progress: bool | None = None,
     throw: bool = False,
 ) -> Trajectory:
@@ -71,12 +77,16 @@ def sgd(
         key: random key; seed i uses two keys folded from it and i, one for its start and one
             for its stream of samples. Not needed when `state` and `samples` are given.
         seeds: number of seeds; by default that of the problems, `state` or `samples`, else 1.
-        epsilon: ratio ε of the two step sizes.
-        step_size: step size h of the fast variable.
+        epsilon: ratio ε of the two step sizes; of a regime that eliminates the fast variable,
+            `None`.
+        step_size: step size h of the fast variable, or of the slow one where there is no ε.
         tau: slow times to record, `[T]`, strictly increasing and not negative. Each is moved
             to the nearest multiple of εh; the trajectory carries the moved times.
         state: the starts, leaves `[seeds, ...]`, or one unbatched start for all seeds. By
             default every seed draws its own by `problem.init`.
+        regime: `"joint"`, one step of the fast variable for each of the slow one; `"limit"`, the
+            fast variable eliminated at every step; or one of `tts_jax.regime` with its options,
+            such as `regime.Inner(10)` or `regime.Eliminated(fast.Ridge())`.
         gradient: one of `problem.gradients`. `"exact"` is the gradient of the sample loss;
             `Univariate` adds `"box"`, the estimator of the published code: the indicator of
             |x − u_j| ≤ η/2, over η, in place of σ′((x − u_j)/η)/η. Both have the same
@@ -96,6 +106,8 @@ def sgd(
             other GPUs; `"loop"`, XLA on CPUs. `"general"`: a `vmap` over seeds, the only one for
             a problem without `lanes` and with an `optimizer`. All take the same steps up to
             rounding.
+        observe_every: also observe the run every so many steps, without keeping its states: loss,
+            observables and the separation number ε_eff then are in `.series` of the answer.
         progress: show a progress bar with the remaining time.
         throw: raise if a seed fails, instead of returning its status.
 
@@ -119,17 +131,27 @@ def sgd(
             "`sgd` is a loop on the host and cannot be traced by `jit`, `vmap` or `grad`. Call "
             "it directly; it runs many seeds at once by `seeds=` or a batched `state=`."
         )
-    rates = _rate("epsilon", epsilon), _rate("step_size", step_size)
+    regime = regime_of(regime)
+    rates = _ratio(epsilon, regime), _rate("step_size", step_size)
     epsilon, step_size = rates
     steps = recorded_steps(tau, epsilon * step_size)
     _checks.one_of("gradient", gradient, problem.gradients)
-    lanes = _in_lanes(problem, optimizer, engine)
+    if observe_every is not None:
+        remedy = "It is a number of steps; leave it out to observe nothing."
+        observe_every = _checks.positive_integer("observe_every", observe_every, remedy)
+    if optimizer is not None and not isinstance(regime, Joint):
+        raise ValueError(
+            f"Argument `optimizer` must be left out with regime {type(regime).__name__}, got "
+            f"{optimizer!r}. It moves both variables, as in the regime 'joint'."
+        )
+    lanes = _in_lanes(problem, optimizer, regime, engine)
     dtype = _dtype(dtype, lanes)
     with wide():
         stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
         seeds = _number_of_seeds(family, seeds, state, stream)
-        if key is None and (state is None or stream is None):
-            missing = "starts" if state is None else "samples"
+        noisy = any(one is not None for one in problem.temperature)
+        if key is None and (state is None or stream is None or noisy):
+            missing = "starts" if state is None else "noise" if stream is not None else "samples"
             raise ValueError(
                 f"Argument `key` must be a random key to draw the {missing}, got None. Pass for "
                 f"example `key=jax.random.key(0)`, or give both `state` and `samples`."
@@ -138,6 +160,7 @@ def sgd(
         if state is None:
             state = family.init(start_keys)
         state, mine = batched(problem, state, seeds), family
+        check_geometry(problem, state)
         if jax.process_count() > 1:
             rows = _distributed.my_rows(seeds)
             mine = family.take(rows)
@@ -160,13 +183,17 @@ def sgd(
             run: LaneRun | GeneralRun = LaneRun(cells, engine=engine, **options)
         else:
             options |= {"step_size": step_size, "epsilon": epsilon, "optimizer": optimizer}
-            run = GeneralRun(mine, state, stream_keys, **options)
-        records = _run(run, steps, progress)
+            run = GeneralRun(mine, state, stream_keys, regime=regime, **options)
+        watch = None if observe_every is None else _Watch(mine, observe_every, rates, regime)
+        records = _run(run, steps, progress, watch)
     notes = {"gradient": gradient, "dtype": np.dtype(dtype).name}
-    notes["engine"] = run.engine
+    notes |= {"engine": run.engine, "regime": type(regime).__name__}
     if key is not None:
         notes["key"] = str(np.asarray(jax.random.key_data(typed_key(key))).tolist())
-    trajectory = _answer(family, mine, records, seeds, steps, rates, notes)
+    rates = (0.0 if isinstance(regime, Eliminated) else epsilon, step_size)
+    times = np.asarray(steps, dtype=np.float64) * (epsilon * step_size)
+    series = {} if watch is None else watch.series(seeds)
+    trajectory = _answer(family, mine, records, seeds, times, steps, rates, notes, series)
     return raise_on_failure(trajectory) if throw else trajectory
 
 
@@ -180,17 +207,38 @@ def wide() -> Iterator[None]:
         yield
 
 
-def _in_lanes(problem: AbstractProblem, optimizer: Any, engine: Any) -> bool:
+def _in_lanes(
+    problem: AbstractProblem, optimizer: Any, regime: AbstractRegime, engine: Any
+) -> bool:
     """Whether the run goes in lanes."""
     _checks.one_of("engine", engine, (*ENGINES, "general"))
-    able = problem.lanes and optimizer is None
+    reasons = {
+        f"{type(problem).__name__} has no lanes": not problem.lanes,
+        "an optimizer": optimizer is not None,
+        f"the regime {type(regime).__name__}": not isinstance(regime, Joint),
+        f"a {type(problem.geometry).__name__}": not isinstance(problem.geometry, Euclidean),
+        "a temperature": any(one is not None for one in problem.temperature),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    able = why is None
     if not able and engine not in ("auto", "general"):
-        why = f"{type(problem).__name__} has no lanes" if optimizer is None else "an optimizer"
         raise ValueError(
             f"Argument `engine` must be 'auto' or 'general' for {why}, got {engine!r}. Leave it "
             f"out."
         )
     return able and engine != "general"
+
+
+def _ratio(epsilon: Any, regime: AbstractRegime) -> float:
+    """ε, or 1 where there is none: then the step size is that of the slow variable."""
+    if not isinstance(regime, Eliminated):
+        return _rate("epsilon", epsilon)
+    if epsilon is not None:
+        raise ValueError(
+            f"Argument `epsilon` must be left out in the regime 'limit', where it tends to 0, got "
+            f"{epsilon!r}. There `step_size` is that of the slow variable."
+        )
+    return 1.0
 
 
 def _rate(name: str, value: Any) -> float:
@@ -454,17 +502,77 @@ class Pace:
         return part
 
 
-def _run(run: "LaneRun | GeneralRun", steps: Sequence[int], progress: bool | None) -> list[State]:
-    """Advance `run` and read it at each of `steps`, in calls of about `_CALL_SECONDS`."""
+class _Watch:
+    """What is observed of a run every `stride` steps."""
+
+    def __init__(
+        self,
+        family: _Family,
+        stride: int,
+        rates: tuple[float, float],
+        regime: AbstractRegime,
+    ) -> None:
+        self.stride = stride
+        self._family, self._rates, self._regime = family, rates, regime
+        self._seen: dict[int, dict[str, np.ndarray]] = {}
+
+    def look(self, steps: int, state: State) -> None:
+        """Observe the states `[seeds, ...]` after `steps` steps."""
+        alive = finite_states(jax.tree.map(lambda leaf: leaf[:, None], state))[:, 0]
+        fast, slow = tuple(state)
+        family = self._family
+        problem = family.problems if family.own else family.first
+        found = dict(of_states(_observed, 1, problem, fast, slow))
+        found["loss"] = _losses(family, *jax.tree.map(lambda leaf: leaf[:, None], (fast, slow)))[
+            :, 0
+        ]
+        if not isinstance(self._regime, Eliminated):
+            found["epsilon_eff"] = self._rates[0] * of_states(
+                _separation.ratio, 1, problem, fast, slow
+            )
+
+        def masked(leaf: Any) -> np.ndarray:
+            leaf = np.asarray(leaf)
+            return np.where(alive.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, np.nan)
+
+        self._seen[steps] = jax.tree.map(masked, found)
+
+    def series(self, seeds: int) -> dict[str, np.ndarray]:
+        """All observations, `[seeds, K, ...]`, and their times `tau`, `[K]`."""
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *self._seen.values())
+        tau = np.asarray(list(self._seen), np.float64) * (self._rates[0] * self._rates[1])
+        return {"tau": tau, **_distributed.gather(stacked, seeds)}
+
+
+def _observed(
+    problem: AbstractProblem, fast: PyTree[Array], slow: PyTree[Array]
+) -> dict[str, Array]:
+    return problem.observables(fast, slow)
+
+
+def _run(
+    run: "LaneRun | GeneralRun", steps: Sequence[int], progress: bool | None, watch: _Watch | None
+) -> list[tuple[State, dict[str, np.ndarray]]]:
+    """Advance `run` and read it at each of `steps`, in calls of about `_CALL_SECONDS`.
+
+    The states that are recorded come with what the regime knows about them.
+    """
     records, pace = [], Pace(_CALL_SECONDS)
+    stops = set(steps)
+    if watch is not None:
+        stops |= set(range(0, steps[-1] + 1, watch.stride))
     with _progress_bar(steps[-1], bool(progress)) as update:
-        done = 0
-        for target in steps:
+        done, recorded = 0, set(steps)
+        for target in sorted(stops):
             while done < target:
                 part = pace.advance(run, target - done)
                 done += part
                 update(part)
-            records.append(run.read())
+            found = run.recorded() if isinstance(run, GeneralRun) else (run.read(), {})
+            if watch is not None and done % watch.stride == 0:
+                watch.look(done, found[0])
+            if done in recorded:
+                records.append(found)
     return records
 
 
@@ -482,14 +590,16 @@ def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
 def _answer(
     family: _Family,
     mine: _Family,
-    records: list[State],
+    records: list[tuple[State, dict[str, np.ndarray]]],
     seeds: int,
+    times: np.ndarray,
     steps: Sequence[int],
     rates: tuple[float, float],
     notes: dict[str, str],
+    series: dict[str, np.ndarray],
 ) -> Trajectory:
     epsilon, step_size = rates
-    state = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *records)
+    state, info = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *records)
     alive = np.logical_and.accumulate(finite_states(state), axis=1)
 
     def masked(leaf: np.ndarray) -> np.ndarray:
@@ -498,16 +608,19 @@ def _answer(
     fast, slow = jax.tree.map(masked, tuple(state))
     loss = masked(_losses(mine, fast, slow))
     status = np.where(alive[:, -1], int(Status.SUCCESS), int(Status.DIVERGED)).astype(np.int32)
-    fast, slow, loss, status = _distributed.gather((fast, slow, loss, status), seeds)
+    unsolved = alive[:, -1] & ~np.all(info.get("converged", True), axis=-1)
+    status = np.where(unsolved, int(Status.SOLVER_FAILED), status).astype(np.int32)
+    fast, slow, loss, status, info = _distributed.gather((fast, slow, loss, status, info), seeds)
     return _record(
         family,
-        np.asarray(steps, dtype=np.float64) * (epsilon * step_size),
+        times,
         (fast, slow),
         loss,
         status,
-        {"steps": np.full(seeds, steps[-1], dtype=np.int64)},
+        {"steps": np.full(seeds, steps[-1], dtype=np.int64), **info},
         {"epsilon": epsilon, "step_size": step_size},
         notes,
+        series,
     )
 
 
@@ -567,9 +680,9 @@ def _loss_program(mesh: Mesh, static: AbstractProblem) -> Any:
 
 
 @double_precision
-def _record(family, tau, state, loss, status, stats, settings, notes) -> Trajectory:
-    arrays = jax.tree.map(jnp.asarray, (tau, *state, loss, status, stats))
-    tau, fast, slow, loss, status, stats = arrays
+def _record(family, tau, state, loss, status, stats, settings, notes, series) -> Trajectory:
+    arrays = jax.tree.map(jnp.asarray, (tau, *state, loss, status, stats, series))
+    tau, fast, slow, loss, status, stats, series = arrays
     return record(
         family.problems if family.own else family.first,
         method="sgd",
@@ -582,6 +695,7 @@ def _record(family, tau, state, loss, status, stats, settings, notes) -> Traject
         batch_dims=("seed",),
         settings=settings,
         notes=notes,
+        series=series,
     )
 
 
@@ -608,6 +722,7 @@ class GeneralRun:
         gradient: str,
         dtype: Any,
         optimizer: optax.GradientTransformation | None = None,
+        regime: AbstractRegime = Joint(),
         samples: PyTree[np.ndarray] | None = None,
         own_samples: bool = False,
         devices: Sequence[Any] | None = None,
@@ -634,32 +749,38 @@ class GeneralRun:
         numbers, static = family.numbers(self._dtype)
         apart = one_by_one(family.first)
         self._numbers = _compat.place(_rows(numbers, row_of), mesh) if family.own else numbers
-        self._program = _general_program(
-            mesh, static, gradient, optimizer, samples is not None, own_samples, family.own, apart
-        )
+        # a regime may hold numbers: they are traced, as those of the problem
+        self._regime, how = eqx.partition(regime, eqx.is_array)
+        form = _Form(mesh, static, how, gradient, optimizer, samples is not None, own_samples)
+        form = form._replace(own_problem=family.own, apart=apart, keyed=keys is not None)
+        self._program = _general_program(form)
+        self._reader = _recorded_program(form)
         self.steps = 0
 
     def advance(self, steps: int) -> None:
         """Take `steps` more steps; returns before they are done."""
         while steps > 0:
             part = steps if self._samples is None else min(steps, REPLAY_STEPS)
-            source = self._keys if self._samples is None else self._stream(part)
-            self.carry = self._program(
-                self._numbers, self._rates, np.int64(self.steps), np.int64(part), source, self.carry
-            )
+            source = () if self._samples is None else self._stream(part)
+            clock = np.int64(self.steps), np.int64(part)
+            fixed = self._numbers, self._regime, self._rates
+            self.carry = self._program(fixed, clock, self._keys, source, self.carry)
             self.steps += part
             steps -= part
 
-    def read(self) -> State:
-        """The states, float64 leaves `[seeds, ...]`, those of frozen seeds NaN."""
+    def recorded(self) -> tuple[State, dict[str, np.ndarray]]:
+        """The states, float64 leaves `[seeds, ...]`, those of frozen seeds NaN; the numbers that
+        the regime has about them, `[seeds]`."""
+        fixed = self._numbers, self._regime, self._rates
+        fast, info = self._reader(fixed, self.carry[0])
         alive = np.asarray(self.carry[2])
 
         def read(leaf: Array) -> np.ndarray:
             kept = alive.reshape(-1, *(1,) * (leaf.ndim - 1))
             return np.where(kept, np.asarray(leaf, dtype=np.float64), np.nan)[: self._seeds]
 
-        state = jax.tree.map(read, self.carry[0])
-        return State(state["fast"], state["slow"])
+        state = State(jax.tree.map(read, fast), jax.tree.map(read, self.carry[0]["slow"]))
+        return state, {name: np.asarray(leaf)[: self._seeds] for name, leaf in info.items()}
 
     def _cast(self, tree: PyTree) -> PyTree[np.ndarray]:
         return jax.tree.map(lambda leaf: np.asarray(leaf, dtype=self._dtype), tree)
@@ -692,36 +813,90 @@ def _cast(problem: AbstractProblem, dtype: np.dtype) -> AbstractProblem:
     return jax.tree.map(cast, problem)
 
 
+class _Form(NamedTuple):
+    """What a program of `GeneralRun` is compiled for."""
+
+    mesh: Mesh
+    problem: AbstractProblem
+    regime: AbstractRegime
+    gradient: str
+    optimizer: optax.GradientTransformation | None
+    replay: bool
+    own_samples: bool
+    own_problem: bool = False
+    apart: bool = False
+    keyed: bool = True
+
+    def over_seeds(self, one_seed: Any, split: tuple[Any, ...]) -> Any:
+        """`one_seed(fixed, ...)` over the seeds of all devices: side by side under `vmap`, or one
+        after the other if `apart`. `split` tells which arguments but the first have seeds."""
+        own = (self.own_problem, False, False)
+        split = (own, *split)
+        axes = jax.tree.map(lambda has: 0 if has else None, split)
+
+        def all_seeds(*arguments: Any) -> Any:
+            if not self.apart:
+                return jax.vmap(one_seed, in_axes=axes)(*arguments)
+            flat, tree = jax.tree.flatten(arguments)
+            marks = jax.tree.leaves(
+                jax.tree.map(
+                    lambda has, part: jax.tree.map(lambda leaf: has, part), split, arguments
+                )
+            )
+            rows = [leaf for leaf, has in zip(flat, marks, strict=True) if has]
+
+            def one(mine: list[Array]) -> Any:
+                taken = iter(mine)
+                leaves = [
+                    next(taken) if has else leaf for leaf, has in zip(flat, marks, strict=True)
+                ]
+                return one_seed(*jax.tree.unflatten(tree, leaves))
+
+            return lax.map(one, rows)
+
+        return jax.jit(_compat.over_devices(all_seeds, self.mesh, split))
+
+
 @functools.lru_cache(maxsize=32)
-def _general_program(mesh, static, gradient, optimizer, replay, own, own_problem, apart) -> Any:
-    """The compiled loop of `GeneralRun`; its trip count is an argument.
+def _general_program(form: _Form) -> Any:
+    """The compiled loop of `GeneralRun`; its trip count is an argument."""
 
-    Seeds go side by side under `vmap`, or one after the other if `apart`.
-    """
-
-    def one_seed(numbers, rates, first, count, source, carry):
-        problem = eqx.combine(numbers, static)
+    def one_seed(fixed, clock, key, source, carry):
+        numbers, options, rates = fixed
+        first, count = clock
+        problem = eqx.combine(numbers, form.problem)
+        regime = eqx.combine(options, form.regime)
+        geometry, heat = problem.geometry, problem.temperature
 
         def one_step(index, carry):
             (point, memory, alive) = carry
             old = point, memory
-            if replay:
+            if form.replay:
                 sample = jax.tree.map(lambda leaf: leaf[index], source)
             else:
-                sample = problem.sample(key=source, step=first + index)
+                sample = problem.sample(key=key, step=first + index)
                 sample = jax.tree.map(lambda leaf: _like(leaf, rates[0]), sample)
-            slopes = problem.sample_gradient(
-                point["fast"], point["slow"], sample, gradient=gradient
-            )
-            slopes = {"fast": slopes[0], "slow": slopes[1]}
-            if optimizer is None:
-                steps = {
-                    name: jax.tree.map(lambda slope, rate=rate: -rate * slope, slopes[name])
-                    for name, rate in zip(("fast", "slow"), rates, strict=True)
-                }
+            state = State(point["fast"], point["slow"])
+            if form.optimizer is None:
+                # one key per step and variable, apart from those of the samples
+                noise = (None, None)
+                if form.keyed and any(one is not None for one in heat):
+                    noise = jax.random.split(_noise_key(key, first + index))
+                fast, slope = regime.step(problem, state, sample, rates[0], noise[0], form.gradient)
+                velocity = geometry.velocity(state.slow, jax.tree.map(jnp.negative, slope))
+                move = jax.tree.map(lambda v: rates[1] * v, velocity)
+                if heat.slow is not None:
+                    shake = geometry.noise(state.slow, noise[1])
+                    move = add_noise(move, shake, heat.slow, rates[1])
+                move = _as(move, state.slow)
+                point = {"fast": _as(fast, state.fast), "slow": geometry.retract(state.slow, move)}
             else:
-                steps, memory = optimizer.update(slopes, memory, point)
-            point = jax.tree.map(lambda old, move: old + move.astype(old.dtype), point, steps)
+                slopes = problem.sample_gradient(*state, sample, gradient=form.gradient)
+                slopes = {"fast": slopes[0], "slow": slopes[1]}
+                steps, memory = form.optimizer.update(slopes, memory, point)
+                steps = _as(steps, point)
+                moved = jax.tree.map(jnp.add, state.fast, steps["fast"])
+                point = {"fast": moved, "slow": geometry.retract(state.slow, steps["slow"])}
             finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(point)]
             alive = functools.reduce(jnp.logical_and, finite, alive)
             kept = jax.tree.map(lambda new, old: jnp.where(alive, new, old), (point, memory), old)
@@ -729,24 +904,32 @@ def _general_program(mesh, static, gradient, optimizer, replay, own, own_problem
 
         return lax.fori_loop(jnp.zeros_like(count), count, one_step, carry)
 
-    def all_seeds(numbers, rates, first, count, source, carry):
-        streams = 0 if (own or not replay) else None
-        if not apart:
-            axes = (0 if own_problem else None, None, None, None, streams, 0)
-            return jax.vmap(one_seed, in_axes=axes)(numbers, rates, first, count, source, carry)
+    return form.over_seeds(one_seed, (False, form.keyed, form.replay and form.own_samples, True))
 
-        def one(row):
-            mine = row["numbers"] if own_problem else numbers
-            samples = row["source"] if streams == 0 else source
-            return one_seed(mine, rates, first, count, samples, row["carry"])
 
-        rows = {"carry": carry}
-        rows |= {"numbers": numbers} if own_problem else {}
-        rows |= {"source": source} if streams == 0 else {}
-        return lax.map(one, rows)
+@functools.lru_cache(maxsize=32)
+def _recorded_program(form: _Form) -> Any:
+    """What the regime records with a point: the fast variable, and numbers about it."""
 
-    split = (own_problem, False, False, False, own or not replay, True)
-    return jax.jit(_compat.over_devices(all_seeds, mesh, split))
+    def one_seed(fixed, point):
+        numbers, options, _ = fixed
+        problem = eqx.combine(numbers, form.problem)
+        regime = eqx.combine(options, form.regime)
+        return tuple(regime.recorded(problem, State(point["fast"], point["slow"])))
+
+    return form.over_seeds(one_seed, (True,))
+
+
+def _noise_key(key: PRNGKeyArray, step: Any) -> PRNGKeyArray:
+    """The key of the noise of one step, apart from what `sample` may fold into it."""
+    for word in (*step_words(step), 0x4C616E67):
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+def _as(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """`tree` in the dtypes of `like`."""
+    return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), tree, like)
 
 
 def _like(leaf: Array, model: Array) -> Array:

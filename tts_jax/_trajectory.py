@@ -101,6 +101,9 @@ class Trajectory(eqx.Module):
         events: what happened when, each `[..., event]` in order of time, for `sharp_limit`: `time`
             (infinite behind the last event), `neuron` (index in the caller's order), `jump` and
             `kind` (an `Event`; all three −1 behind the last). Empty for the other methods.
+        series: what `sgd` observed between the recorded times (`observe_every`): its own `tau`,
+            `[K]`, and by name `[seeds, K, *axes]` the `loss`, `epsilon_eff` and the observables.
+            Empty if nothing was asked for.
     """
 
     tau: Float[Array, " T"]
@@ -117,6 +120,7 @@ class Trajectory(eqx.Module):
     dims: tuple[tuple[str, tuple[str, ...]], ...] = eqx.field(static=True)
     notes: tuple[tuple[str, str], ...] = eqx.field(static=True)
     events: dict[str, Array] = eqx.field(default_factory=dict)
+    series: dict[str, Array] = eqx.field(default_factory=dict)
 
     @property
     def success(self) -> Array:
@@ -145,6 +149,7 @@ class Trajectory(eqx.Module):
         fields |= {"loss": self.loss, "status": self.status}
         fields |= {f"stats.{name}": value for name, value in self.stats.items()}
         fields |= {f"events.{name}": value for name, value in self.events.items()}
+        fields |= {f"series.{name}": value for name, value in self.series.items()}
         fields |= dict(self.observables)
         tau = np.asarray(self.tau)
         extra = tau.ndim - 1
@@ -162,10 +167,15 @@ class Trajectory(eqx.Module):
         variables: dict[str, Any] = {}
         for name, value in fields.items():
             array = np.asarray(value)
-            own = dims.get(name.removeprefix("stats."), ())
+            own = dims.get(name.removeprefix("stats.").removeprefix("series."), ())
             rest = array.ndim - len(batch)
             if name.startswith("events."):
                 variables[name] = ((*batch, "event"), array)
+                continue
+            if name.startswith("series."):
+                front = () if name == "series.tau" else batch
+                more = array.ndim - len(front) - 1
+                variables[name] = ((*front, "observation", *_axes(name, own, more)), array)
                 continue
             # a statistic may have one value per lane, all others have one per recorded time
             per_lane = name.startswith("stats.") and own and rest == len(own)
@@ -279,6 +289,7 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         )
     dims = tuple((name, tuple(axes)) for name, axes in json.loads(dataset.attrs["dims"]))
     groups: dict[str, Any] = {"fast": {}, "slow": {}, "stats": {}, "settings": {}, "events": {}}
+    groups["series"] = {}
     observables = {}
     for name, variable in dataset.data_vars.items():
         head, _, tail = str(name).partition(".")
@@ -304,6 +315,7 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         dims=dims,
         notes=tuple((k, str(v)) for k, v in dataset.attrs.items() if k not in reserved),
         events=groups["events"],
+        series=groups["series"],
     )
 
 
@@ -327,22 +339,15 @@ def record(
     settings: dict[str, Any] | None = None,
     notes: dict[str, str] | None = None,
     events: dict[str, Array] | None = None,
+    series: dict[str, Array] | None = None,
 ) -> Trajectory:
     """Assemble the answer of one dynamics; observables are computed from the states.
 
     Of several problems each has one entry of the first axis of the states; the names and
     settings are those of the first.
     """
-    leading = jnp.ndim(loss)
-    if isinstance(problem, AbstractProblem):
-        observables = over_lanes(_observables, leading, problem, fast, slow)
-    else:
-        each = [
-            over_lanes(_observables, leading - 1, one, *_row((fast, slow), row))
-            for row, one in enumerate(problem)
-        ]
-        observables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        problem = problem[0]
+    observables = of_states(_observables, jnp.ndim(loss), problem, fast, slow)
+    problem = problem if isinstance(problem, AbstractProblem) else problem[0]
     return Trajectory(
         tau=jnp.asarray(tau),
         fast=fast,
@@ -367,6 +372,7 @@ def record(
             *(notes or {}).items(),
         ),
         events=events or {},
+        series=series or {},
     )
 
 
@@ -401,6 +407,25 @@ def over_lanes(
 def _each(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` mapped over the first axis of its arguments, one entry after the other."""
     return lambda *states: jax.lax.map(lambda state: function(*state), states)
+
+
+def of_states(
+    function: Callable[..., Any],
+    leading: int,
+    problem: AbstractProblem | Sequence[AbstractProblem],
+    *states: PyTree[Array],
+) -> Any:
+    """`function(problem, *states)` over the first `leading` axes of the states.
+
+    Of several problems each has one entry of the first axis.
+    """
+    if isinstance(problem, AbstractProblem):
+        return over_lanes(function, leading, problem, *states)
+    each = [
+        over_lanes(function, leading - 1, one, *_row(states, row))
+        for row, one in enumerate(problem)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
 def _row(tree: PyTree[Array], row: int) -> PyTree[Array]:

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tts_jax.fast import condition_of, least_norm
+
 
 class Second(NamedTuple):
     """The integrals of the second derivatives at one state.
@@ -82,14 +84,10 @@ class Form(eqx.Module):
     def critical(self, slow: Float[Array, " m"]) -> Float[Array, " m1"]:
         """argmin_a L(a, u), of least norm where that is not unique.
 
-        By the eigenvectors of G, without what rounding hides, and two corrections by the gradient.
-        Each of these also yields one more order of derivatives, so that the first two are those of
-        the minimiser, and no eigenvector is differentiated.
+        By the eigenvectors of G, without what rounding hides, and corrections by the gradient.
         """
         gram, pull = self.normal(slow)
-        solve = _pseudo_inverse(jax.lax.stop_gradient(gram))
-        start = jnp.zeros(slow.size + 1, gram.dtype)
-        return jax.lax.fori_loop(0, SOLVES, lambda _, fast: fast + solve(pull(fast)), start)
+        return least_norm(gram, pull, jnp.zeros(slow.size + 1, gram.dtype))
 
     def condition(self, slow: Float[Array, " m"]) -> Float[Array, ""]:
         """The condition number of G; infinite where rounding hides the smallest eigenvalue."""
@@ -100,30 +98,6 @@ class Form(eqx.Module):
         hessian, split = self.hessian(self.critical(slow), slow), slow.size + 1
         trace = jnp.trace(hessian[:split, :split]) / 2.0
         return trace, jnp.linalg.norm(hessian[split:, split:], ord=2)
-
-
-SOLVES = 3  # the first one and two corrections
-
-
-def _pseudo_inverse(gram: Float[Array, "n n"]) -> Callable[[Array], Array]:
-    """G⁺ as a function, which fades out below 100 ulp of the largest eigenvalue and ends at 8.
-
-    It fades so that neurons may come together without a jump in the fit; below the end there is
-    only rounding.
-    """
-    values, vectors = jnp.linalg.eigh(gram)
-    ulp = jnp.finfo(gram.dtype).eps * values[-1]
-    faded, hidden = 100.0 * ulp, 8.0 * ulp
-    inverse = jnp.where(values > hidden, values / (values**2 + faded**2), 0.0)
-    return lambda right: vectors @ (inverse * (vectors.T @ right))
-
-
-def condition_of(eigenvalues: Float[Array, " n"]) -> Float[Array, ""]:
-    """Largest over smallest of ascending eigenvalues; infinite where the smallest is rounding."""
-    smallest = eigenvalues[0]
-    resolved = smallest > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
-    ratio = eigenvalues[-1] / jnp.where(resolved, smallest, 1.0)
-    return jnp.where(resolved | jnp.isnan(smallest), ratio, jnp.inf)
 
 
 def shifted_cholesky(matrix: Float[Array, "n n"]) -> tuple[Array, bool]:

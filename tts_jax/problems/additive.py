@@ -20,6 +20,7 @@ from tts_jax import _checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import step_words, typed_key
+from tts_jax.fast import least_norm
 from tts_jax.problems._activation import (
     Activation,
     activation_of,
@@ -363,9 +364,7 @@ class Additive(AbstractProblem):
         slow = self._matrix("slow", slow)
         steps = self._design(slow)[0]
         gram, right = _grams(steps, jnp.asarray(self.labels, slow.dtype))
-        solve = _least_norm(gram)
-        weights = solve(right)
-        weights = weights + solve(right - gram @ weights)
+        weights = least_norm(gram, lambda at: right - gram @ at, jnp.zeros_like(right))
         return weights.reshape(slow.shape)
 
     @double_precision
@@ -376,7 +375,9 @@ class Additive(AbstractProblem):
         fast, slow = self._matrix("fast", fast), self._matrix("slow", slow)
         hessian, count = self._hessian(fast, slow), fast.size
         cross = hessian[:count, count:]
-        return cross.T @ _least_norm(hessian[:count, :count])(cross) - hessian[count:, count:]
+        fast_block = hessian[:count, :count]
+        response = least_norm(fast_block, lambda at: cross - fast_block @ at, jnp.zeros_like(cross))
+        return cross.T @ response - hessian[count:, count:]
 
     @double_precision
     @eqx.filter_jit
@@ -560,16 +561,3 @@ def _cutoff(eigenvalues: Float[Array, " k"]) -> Array:
     """What an eigenvalue of a Gram matrix must exceed to count as more than rounding."""
     size = eigenvalues.shape[0]
     return 4.0 * size * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues))
-
-
-def _least_norm(gram: Float[Array, "k k"]) -> Callable[[Array], Array]:
-    """The map from right-hand sides to the solutions of least norm."""
-    values, vectors = jnp.linalg.eigh(gram)
-    kept = values > _cutoff(values)
-    inverse = jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0)
-
-    def solve(right: Array) -> Array:
-        scaled = (inverse * (vectors.T @ right).T).T
-        return vectors @ scaled
-
-    return solve
