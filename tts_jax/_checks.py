@@ -140,21 +140,23 @@ def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
     return value
 
 
-def increasing_times(tau: Any) -> Any:
+def increasing_times(
+    tau: Any, name: str = "tau", example: str = "jnp.linspace(0, 0.035, 101)"
+) -> Any:
     """Refuse recorded times that are not a strictly increasing vector of numbers >= 0."""
     if not is_traced(tau):
-        _numbers("tau", tau, "Pass for example `jnp.linspace(0, 0.035, 101)`.")
+        _numbers(name, tau, f"Pass for example `{example}`.")
     if np.ndim(tau) != 1 or np.shape(tau)[0] == 0:
         raise ValueError(
-            f"Argument `tau` must be a vector of at least one recorded time, got shape "
-            f"{np.shape(tau)}. Pass for example `jnp.linspace(0, 0.035, 101)`."
+            f"Argument `{name}` must be a vector of at least one recorded time, got shape "
+            f"{np.shape(tau)}. Pass for example `{example}`."
         )
     if not is_traced(tau):
         array = np.asarray(tau, dtype=float)
         good = np.isfinite(array) & (array >= 0) & (np.diff(array, prepend=-np.inf) > 0)
         if not np.all(good):
             raise argument_error(
-                "tau",
+                name,
                 "be finite, non-negative and strictly increasing",
                 tau,
                 "Sort the recorded times and drop repeated ones.",

@@ -95,11 +95,14 @@ def over_devices(function: Callable, mesh: Mesh, split: Sequence[Any]) -> Callab
     """`function` on each device with its slice of the arguments marked in `split`.
 
     Marked arguments, or parts of them where `split` has the marks of these, and all results are
-    cut along the leading axis of every leaf, whose size must be a multiple of the number of devices; the others are seen whole by every device.
+    cut along the leading axis of every leaf, whose size must be a multiple of the number of
+    devices; the others are seen whole by every device.
     """
     if mesh.size == 1:
         return function
-    specs = jax.tree.map(lambda cut: PartitionSpec("devices" if cut else None), tuple(split))
+    specs = jax.tree.map(
+        lambda cut: PartitionSpec("devices") if cut else PartitionSpec(), tuple(split)
+    )
     return jax.shard_map(
         function,
         mesh=mesh,

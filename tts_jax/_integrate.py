@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from tts_jax import _checks, _compat, _simd
 from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry
@@ -130,6 +130,22 @@ def lane_answer(
         lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, jnp.nan), (fast, slow)
     )
     loss = jax.lax.map(lambda y: problem.loss(*y), (fast, slow))
+    return {
+        "fast": fast,
+        "slow": slow,
+        "loss": loss,
+        "status": solution_status(solution, (fast, slow)),
+        "stats": {
+            "steps": solution.stats["num_steps"],
+            "accepted": solution.stats["num_accepted_steps"],
+            "rejected": solution.stats["num_rejected_steps"],
+            "reached": cast(list, solution.ys)[1][0],
+        },
+    }
+
+
+def solution_status(solution: diffrax.Solution, recorded: PyTree[Array]) -> Int[Array, ""]:
+    """The `Status` of one Diffrax solution with the `recorded` states."""
     results = diffrax.RESULTS
     status = jnp.asarray(int(Status.SOLVER_FAILED), jnp.int32)
     for result, known in (
@@ -138,20 +154,9 @@ def lane_answer(
         (results.dt_min_reached, Status.STEP_TOO_SMALL),
     ):
         status = jnp.where(solution.result == result, int(known), status)
-    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((fast, slow))])
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(recorded)])
     lost = (status == int(Status.SUCCESS)) & ~jnp.all(finite)
-    return {
-        "fast": fast,
-        "slow": slow,
-        "loss": loss,
-        "status": jnp.where(lost, int(Status.DIVERGED), status),
-        "stats": {
-            "steps": solution.stats["num_steps"],
-            "accepted": solution.stats["num_accepted_steps"],
-            "rejected": solution.stats["num_rejected_steps"],
-            "reached": cast(list, solution.ys)[1][0],
-        },
-    }
+    return jnp.where(lost, int(Status.DIVERGED), status)
 
 
 def check_start(problem: AbstractProblem, state: State) -> None:

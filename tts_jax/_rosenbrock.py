@@ -5,10 +5,12 @@ the Julia Differential Equations package", BIT 63:27 (2023). A step costs one Ja
 factorisation and eight linear solves; no Newton iteration, so nothing fails to converge.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,19 +88,43 @@ class RosenbrockInterpolation(diffrax.AbstractLocalInterpolation):
         return jax.tree.map(blend, self.y0, self.y1, self.k)
 
 
+class AbstractJacobian(eqx.Module):
+    """A Jacobian J with a structure that makes its linear systems cheaper than dense ones."""
+
+    @abc.abstractmethod
+    def shifted_solver(
+        self, shift: Float[Array, ""]
+    ) -> Callable[[Float[Array, " n"]], Float[Array, " n"]]:
+        """The map b ↦ (shift·I − J)⁻¹ b; what a factorisation costs is paid here, once."""
+
+
+def _shifted_solver(
+    jacobian: Float[Array, "n n"] | AbstractJacobian, h: Float[Array, ""], like: Array
+) -> Callable[[Array], Array]:
+    """b ↦ (I/(γh) − J)⁻¹ b."""
+    if isinstance(jacobian, AbstractJacobian):
+        return jacobian.shifted_solver(1 / (GAMMA * h))
+    shifted = jnp.eye(like.size, dtype=like.dtype) / (GAMMA * h) - jacobian
+    factor = jax.scipy.linalg.lu_factor(shifted)
+    return lambda right: jax.scipy.linalg.lu_solve(factor, right)
+
+
 class Rodas5P(diffrax.AbstractAdaptiveSolver):
     """Rodas5P, an L-stable Rosenbrock method of order 5 with an embedded method of order 4.
 
     Use it in `diffrax.diffeqsolve` like any other solver, with an `ODETerm` and an adaptive
     step size controller. It suits stiff systems of up to a few hundred unknowns, at mild to
-    high accuracy.
+    high accuracy; of more where the Jacobian has a structure.
 
     Attributes:
-        jacobian: `jacobian(t, y, args)` gives ∂f/∂y in the flattened coordinates of y,
-            `[n, n]`; by automatic differentiation when it is `None`.
+        jacobian: `jacobian(t, y, args)` gives ∂f/∂y in the flattened coordinates of y, as an
+            array `[n, n]` or as an `AbstractJacobian`, which brings its own linear solves; by
+            automatic differentiation when it is `None`.
     """
 
-    jacobian: Callable[[Any, PyTree[Array], Any], Float[Array, "n n"]] | None = None
+    jacobian: Callable[[Any, PyTree[Array], Any], Float[Array, "n n"] | AbstractJacobian] | None = (
+        None
+    )
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = RosenbrockInterpolation
@@ -128,8 +154,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             jacobian = self.jacobian(t0, y0, args)
         # free for an autonomous field, whose derivative in t is a symbolic zero
         velocity, drift = jax.jvp(lambda t: field(t, flat), (t0,), (jnp.ones_like(t0),))
-        shifted = jnp.eye(flat.size, dtype=flat.dtype) / (GAMMA * h) - jacobian
-        factor = jax.scipy.linalg.lu_factor(shifted)
+        solve = _shifted_solver(jacobian, h, flat)
         stages: list[Array] = []
         for i in range(8):
             if i:
@@ -138,7 +163,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             right = velocity + h * D[i] * drift
             if i:
                 right = right + sum(C[i, j] * stages[j] for j in range(i)) / h
-            stages.append(jax.scipy.linalg.lu_solve(factor, right))
+            stages.append(solve(right))
         k = jnp.stack(stages)
         y1 = flat + jnp.asarray(B, flat.dtype) @ k
         dense = jax.vmap(unravel)(jnp.asarray(H, flat.dtype) @ k)

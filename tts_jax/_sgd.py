@@ -722,7 +722,7 @@ class GeneralRun:
         gradient: str,
         dtype: Any,
         optimizer: optax.GradientTransformation | None = None,
-        regime: AbstractRegime = Joint(),
+        regime: AbstractRegime,
         samples: PyTree[np.ndarray] | None = None,
         own_samples: bool = False,
         devices: Sequence[Any] | None = None,
