@@ -195,7 +195,7 @@ def test_a_minimum_that_is_not_found_is_told_by_the_status():
 
     problem = fit(Flat)
     state = tts.State(np.ones(3), np.asarray(X))
-    limit = tts.limit(problem, state, tau=[1e-6], max_steps=50)
+    limit = tts.limit(problem, state, tau=[1e-6], max_steps=50, solver="tsit5")
     assert int(limit.status) == tts.Status.SOLVER_FAILED
     run = tts.sgd(
         problem, state=state, key=jax.random.key(0), regime="limit", step_size=1e-3, tau=[1e-3]
@@ -204,13 +204,17 @@ def test_a_minimum_that_is_not_found_is_told_by_the_status():
 
 
 def test_a_problem_needs_no_critical_point_of_its_own():
-    """`limit` by Newton's method is that by the ridge solve."""
+    """`limit` by Newton's method, the default, is that by the ridge solve."""
 
     class Newton(Fit):
-        solver: ClassVar = fast.Argmin()
+        @property
+        def fast_solver(self):
+            return tts.AbstractProblem.fast_solver.fget(self)
 
     state = tts.State(np.zeros(3), np.asarray(X))
-    one, other = (tts.limit(fit(kind), state, tau=[0.01, 0.1]) for kind in (Fit, Newton))
+    one, other = (
+        tts.limit(fit(kind), state, tau=[0.01, 0.1], solver="tsit5") for kind in (Fit, Newton)
+    )
     np.testing.assert_allclose(one.slow, other.slow, rtol=0, atol=1e-9)
     np.testing.assert_allclose(one.fast, other.fast, rtol=0, atol=1e-9)
     assert set(one.stats) >= {"residual", "condition"}

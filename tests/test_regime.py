@@ -244,7 +244,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="Argument `observe_every` must be an integer"):
         run(epsilon=0.1, observe_every=0)
     with pytest.raises(ValueError, match="Argument `key` must be a random key to draw the noise"):
-        run(Spring(heat=(None, 0.1)), epsilon=0.1, key=None, samples=())
+        run(Shaken(heat=(None, 0.1)), epsilon=0.1, key=None, samples=np.zeros((100, 2)))
     problem = tts.Univariate(tts.PiecewiseConstant([0.5], [0.0, 1.0]), neurons=4, eta=0.05)
     with pytest.raises(ValueError, match="must be 'auto' or 'general' for the regime Eliminated"):
         tts.sgd(problem, key=KEY, regime="limit", step_size=0.1, tau=[0.1], engine="loop")

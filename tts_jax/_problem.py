@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 from tts_jax import _batch_last, fast as fast_solvers
 from tts_jax._batch_last import Lanes
 from tts_jax._checks import inside_trace, is_traced
+from tts_jax._precision import double_precision
 from tts_jax._random import Words
 from tts_jax.geometry import AbstractGeometry, Euclidean
 
@@ -135,6 +136,8 @@ class AbstractProblem(eqx.Module):
         """The fast loss g(y, x), whose gradient in y moves the fast variable: by default L."""
         return self.loss(fast, slow)
 
+    @double_precision
+    @eqx.filter_jit
     def critical(self, slow: PyTree[Array]) -> PyTree[Array]:
         """The critical manifold y*(x) = argmin_y g(y, x)."""
         return self.critical_solution(slow).fast

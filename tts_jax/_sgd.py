@@ -347,11 +347,15 @@ class _Family(NamedTuple):
         """A start for each key, `[seeds, ...]`."""
         assert keys is not None  # `sgd` has checked
         numbers, static = self.numbers(np.float64)
+        return _init_program(static, self.axis)(numbers, keys)
 
-        def one(numbers: Any, key: PRNGKeyArray) -> State:
-            return eqx.combine(numbers, static).init(key=key)
 
-        return jax.vmap(one, in_axes=(self.axis, 0))(numbers, keys)
+@functools.lru_cache(maxsize=32)
+def _init_program(static: AbstractProblem, axis: int | None) -> Any:
+    def one(numbers: Any, key: PRNGKeyArray) -> State:
+        return eqx.combine(numbers, static).init(key=key)
+
+    return jax.jit(jax.vmap(one, in_axes=(axis, 0)))
 
 
 def _abstract(problem: AbstractProblem) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -620,6 +620,8 @@ class FigureSpec:
         methods: the methods that the drawing needs.
         draw: the function from data to Figure.
         about: one line on what it shows.
+        table: what its data came to, from its name, its data and the seconds that they took; by
+            default losses and recovered jumps.
     """
 
     experiment: str
@@ -627,6 +629,21 @@ class FigureSpec:
     methods: tuple[str, ...]
     draw: Callable[[Mapping[str, tts.Trajectory]], Figure]
     about: str
+    table: Callable[[str, Mapping[str, tts.Trajectory], float], "Table"] | None = None
+
+
+class Table(NamedTuple):
+    """A table for the terminal.
+
+    Attributes:
+        header: names of the columns.
+        rows: their entries.
+        notes: lines below it.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
 
 
 FIGURES: dict[str, FigureSpec] = {

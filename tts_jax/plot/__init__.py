@@ -8,11 +8,21 @@ returns the Axes. Nothing here uses `matplotlib.pyplot`, shows a window or chang
 from tts_jax.plot._curves import losses, network, positions
 from tts_jax.plot._movie import Movie, ffmpeg, save_gif, save_mp4
 from tts_jax.plot._sketch import arrows, span
-from tts_jax.plot._style import METHODS, TARGET_COLOR, Style, figure, panel_letters, save, theme
+from tts_jax.plot._style import (
+    COLORS,
+    METHODS,
+    TARGET_COLOR,
+    Style,
+    figure,
+    panel_letters,
+    save,
+    theme,
+)
 from tts_jax.plot._summary import boxes
 
 
 __all__ = [
+    "COLORS",
     "METHODS",
     "TARGET_COLOR",
     "Movie",

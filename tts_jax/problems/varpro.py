@@ -276,6 +276,7 @@ class VarPro(AbstractProblem):
     # --- states -----------------------------------------------------------------------------
 
     @double_precision
+    @eqx.filter_jit
     def init(self, *, key: PRNGKeyArray) -> State:
         """Independent uniform features and their u*, as published."""
         slow = self.features.draw(typed_key(_checks.random_key(key)), self.width)
