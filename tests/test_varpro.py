@@ -90,7 +90,7 @@ def test_two_timescales_are_apart_where_the_separation_number_says_so(unbiased):
     np.testing.assert_allclose(number, STEP * speed / 0.1, rtol=1e-12)
 
 
-# --- identities -------------------------------------------------------------------------------------
+# --- identities -----------------------------------------------------------------------------------
 
 SHAPES = {
     "circle": {"features": tts.Relu()},
@@ -185,7 +185,7 @@ def test_steps_are_those_of_the_published_algorithm():
                 np.testing.assert_allclose(done.fast[0, 0], u, rtol=0, atol=1e-11)
 
 
-# --- the other dynamics -----------------------------------------------------------------------------
+# --- the other dynamics ---------------------------------------------------------------------------
 
 
 def test_steps_and_flow_tend_to_the_limit():
@@ -230,7 +230,7 @@ def test_minibatches_with_a_running_mean():
     assert len(np.unique(np.asarray(first[1]))) == 128
 
 
-# --- what is singular, and what is large --------------------------------------------------------------
+# --- what is singular, and what is large ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["circle", "torus"])
@@ -269,7 +269,7 @@ def test_memory_is_bounded():
         assert used.temp_size_in_bytes < bound * 1e9
 
 
-# --- bad input -----------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

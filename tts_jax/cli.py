@@ -56,7 +56,7 @@ FigureName = Literal[
     "varpro_density",
     "varpro",
 ]
-AnimationName = Literal["two_timescale", "same_rate"]
+AnimationName = Literal["two_timescale", "same_rate", "varpro"]
 StudyName = Literal["convergence", "initialisation"]
 PlaneName = Literal["epsilon-neurons", "epsilon-eta", "epsilon-noise", "step-epsilon"]
 Scale = Literal["quick", "paper"]
@@ -129,7 +129,7 @@ def reproduce(
         tyro.conf.arg(
             help="paper: the paper's step size 1e-5 throughout, which is 1.75e8 steps for figures "
             "3 and 4; for varpro 1024 features, 4096 data and 32,000 epochs. quick: 1e-3 for "
-            "figures 3 and 4, the published quick configuration, the other figures as in the paper; "
+            "figures 3 and 4, the published quick configuration, the others as in the paper; "
             "for varpro 128 features, 512 data and 2048 epochs."
         ),
     ] = "quick",
@@ -214,9 +214,10 @@ def animate(
     experiment: Annotated[
         tyro.conf.Positional[AnimationName],
         tyro.conf.arg(
-            metavar="[two_timescale|same_rate]",
+            metavar="[two_timescale|same_rate|varpro]",
             help="two_timescale: the run of figures 3 and 4, ε = 2e-5. same_rate: the run of "
-            "figure 5, one learning rate for both layers, ε = 1.",
+            "figure 5, one learning rate for both layers, ε = 1. varpro: the run of "
+            "varpro_density, features on the circle.",
         ),
     ] = "two_timescale",
     *,
@@ -224,7 +225,7 @@ def animate(
         Scale,
         tyro.conf.arg(
             help="paper: the paper's step size 1e-5. quick: 1e-3 for two_timescale; same_rate is "
-            "the same in both."
+            "the same in both. For varpro as in reproduce."
         ),
     ] = "quick",
     seed: Annotated[
@@ -253,7 +254,8 @@ def animate(
         Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
     ] = Path("results"),
 ) -> int:
-    """Animate SGD beside the gradient flow and the limit: networks, neurons and losses.
+    """Animate SGD beside the gradient flow and the limit: networks and neurons; or, of varpro, the
+    features and their density.
 
     Writes `DIR/animation_<experiment>.gif`, an MP4 beside it where ffmpeg is on the PATH, and the
     netCDF data `animation_<experiment>_<method>.nc` of what had to be computed. The time axis is

@@ -7,7 +7,8 @@
 
 All methods share one time axis, even in arcsinh(τ/τ₀): the weights, which learn within τ ≈ ε, and
 the neurons, which move a thousand times more slowly, are both seen at their pace. Frames are
-evenly spaced on that axis.
+evenly spaced on that axis. `"varpro"` shows the features of variable projection instead, and
+their density beside the ultra-fast diffusion.
 """
 
 import os
@@ -20,14 +21,14 @@ from matplotlib.axes import Axes
 
 import tts_jax as tts
 from tts_jax import _checks, plot
-from tts_jax.experiments import marion_berthier
+from tts_jax.experiments import marion_berthier, varpro
 from tts_jax.experiments._panels import GRID, jumps_of, number, one_seed, problem_of, target_of
 from tts_jax.experiments.marion_berthier import Data, OnResult, Scale, Settings
 
 
 METHODS = ("sgd", "flow", "limit")
 # the figures that show the same runs, and the functions that compute them
-FIGURES = {"two_timescale": "figure4", "same_rate": "figure5"}
+FIGURES = {"two_timescale": "figure4", "same_rate": "figure5", "varpro": "varpro_density"}
 _COMPUTE = {
     "two_timescale": marion_berthier.two_timescale,
     "same_rate": marion_berthier.same_rate,
@@ -37,7 +38,7 @@ _EARLY = 5e-4  # the part of the run that has a linear time axis
 
 def settings_of(
     experiment: str, scale: Scale = "quick", *, seed: int = 0, frames: int = 72
-) -> Settings:
+) -> Settings | varpro.Settings:
     """The settings of an experiment, with a record per frame and seeds up to `seed`.
 
     Raises:
@@ -49,6 +50,9 @@ def settings_of(
         raise _checks.argument_error("seed", "be an integer", seed, remedy)
     if _checks.positive_integer("frames", frames, "Use for example 72.") < 2:
         raise _checks.argument_error("frames", "be at least 2", frames, "Use for example 72.")
+    if experiment == "varpro":
+        usual = varpro.settings_of(experiment, scale)
+        return replace(usual, records=2 * frames, seeds=max(usual.seeds, int(seed) + 1))
     settings = marion_berthier.settings_of(experiment, scale, int(seed) + 1)
     return replace(settings, records=frames, early=_EARLY * settings.tau_end)
 
@@ -66,7 +70,7 @@ def compute(
     """The trajectories of an animation.
 
     Args:
-        experiment: `"two_timescale"`, ε = 2e-5, or `"same_rate"`, ε = 1.
+        experiment: `"two_timescale"`, ε = 2e-5, `"same_rate"`, ε = 1, or `"varpro"`.
         scale: `"paper"` takes the paper's step size.
         seed: which start and samples; those of the figures with the same number.
         frames: number of recorded times.
@@ -76,12 +80,18 @@ def compute(
         on_result: called with the name and trajectory of each method that is computed.
 
     Returns:
-        `"sgd"`, `"flow"` and `"limit"`, with a batch axis of at least `seed` + 1 seeds.
+        `"sgd"`, `"flow"` and `"limit"`, of varpro `"base"`, with a batch axis of at least
+        `seed` + 1 seeds.
 
     Raises:
         ValueError: a bad argument.
     """
     settings = settings_of(experiment, scale, seed=seed, frames=frames)
+    if isinstance(settings, varpro.Settings):
+        known = None if reuse is None else varpro.saved(reuse, FIGURES[experiment], settings)
+        if known is not None:
+            return {"base": known}
+        return varpro.compute(settings, progress=progress, on_result=on_result)
     found = {} if reuse is None else saved(reuse, experiment, settings)
     if found:
         # the others at the same times
@@ -142,11 +152,15 @@ def pace(tau: np.ndarray, frames: int, early: float) -> np.ndarray:
 def draw(data: Mapping[str, tts.Trajectory], *, seed: int = 0, frames: int = 72) -> plot.Movie:
     """Networks above, neuron positions up to the present time below, a column per method.
 
+    Of varpro the features of a seed left, and the density of those of all seeds right.
+
     Args:
         data: the answer of `compute`; a column for each method that is there.
         seed: which one to show.
         frames: frames at most, each at a recorded time.
     """
+    if "base" in data:
+        return varpro.movie(data["base"], seed=seed, frames=frames)
     names = [name for name in METHODS if name in data]
     tau = np.asarray(data[names[0]].tau, dtype=float)
     early = max(_EARLY * tau[-1], tau[1] if tau[1] > 2.0 * _EARLY * tau[-1] else 0.0)

@@ -8,13 +8,14 @@ numbers, so that figures share runs. Experiments and drawings go together as in 
     data = compute(settings_of("varpro"), ("base", "biased"))
     figure = draw_penalty(data)
 
-Paper symbols: M is the width, λ the penalty, γ how sharp the teacher's modes are, b the prior of the
-outer weights (1: unbiased), t = step · 2⁻¹⁰ the slow time of an epoch.
+Paper symbols: M is the width, λ the penalty, γ how sharp the teacher's modes are, b the prior of
+the outer weights (1: unbiased), t the slow time, of which an epoch takes `time_step`.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -253,6 +254,26 @@ def _distance(slow: Any, theta: np.ndarray, densities: np.ndarray) -> np.ndarray
         return np.asarray(rows)
 
 
+def saved(folder: str | os.PathLike[str], figure: str, settings: Settings) -> tts.Trajectory | None:
+    """The base run that `tts-jax reproduce` wrote to `folder`, if it is that of the settings."""
+    path = Path(folder) / f"{figure}_base.nc"
+    if not path.is_file():
+        return None
+    run = tts.load(path)
+    expected = {
+        "penalty": settings.penalty,
+        "gamma": settings.gamma,
+        "step_size": settings.time_step,
+        "data": settings.samples,
+    }
+    known = set(expected) <= set(run.settings)
+    same = known and all(np.isclose(_number(run, name), value) for name, value in expected.items())
+    seeds, width = np.shape(run.slow)[0], _width(run)
+    long_enough = np.isclose(np.asarray(run.tau)[-1], settings.t[-1])
+    good = same and width == settings.width and seeds >= settings.seeds and long_enough
+    return run if good else None
+
+
 def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
     """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
 
@@ -325,11 +346,9 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
 
 def _curves(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int) -> None:
     """The median over seeds, and the band that they fill."""
-    colors = (plot.COLORS[0], plot.COLORS[1], plot.COLORS[2], plot.COLORS[3])
-    dashes = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
-    values, t = np.asarray(values), np.asarray(run.tau)
-    color = colors[place % len(colors)]
-    ax.plot(t, np.nanmedian(values, axis=0), color=color, ls=dashes[place % 4], label=label)
+    dashes = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))[place]
+    values, t, color = np.asarray(values), np.asarray(run.tau), plot.COLORS[place]
+    ax.plot(t, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
     if values.shape[0] > 1:
         low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
         ax.fill_between(t, low, high, color=color, alpha=0.15, lw=0)
@@ -337,8 +356,7 @@ def _curves(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int) 
 
 def _panels(columns: int, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     figure = plot.figure(3.1 * columns, 2.9)
-    with plot.theme():
-        panels = list(np.ravel(figure.subplots(1, columns)))
+    panels = list(np.ravel(figure.subplots(1, columns)))
     for ax, title in zip(panels, titles, strict=True):
         ax.set_title(title)
         ax.set_xlabel("slow time t")
@@ -348,6 +366,7 @@ def _panels(columns: int, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
+@plot.theme()
 def _compared(
     data: Mapping[str, tts.Trajectory], cases: Sequence[str], label: Callable[..., str]
 ) -> Figure:
@@ -380,6 +399,7 @@ def draw_gamma(data: Mapping[str, tts.Trajectory]) -> Figure:
     return _compared(data, _GAMMAS, lambda run: f"γ = {_number(run, 'gamma'):g}")
 
 
+@plot.theme()
 def draw_penalty(data: Mapping[str, tts.Trajectory]) -> Figure:
     """Distance to the teacher for several λ: unbiased left, biased right."""
     figure, panels = _panels(2, ("unbiased, b = 1", "biased, b = 0"))
@@ -394,6 +414,7 @@ def draw_penalty(data: Mapping[str, tts.Trajectory]) -> Figure:
     return figure
 
 
+@plot.theme()
 def draw_two_timescale(data: Mapping[str, tts.Trajectory]) -> Figure:
     """Variable projection and two-timescale descent at three λ."""
     pairs = list(zip(_PENALTIES[:3], _TWO, strict=True))
@@ -423,13 +444,15 @@ def _density_axes(ax: Axes, highest: float) -> None:
     ax.set_xlabel("angle of a feature")
 
 
-def _histogram(slow: Any, bins: int = 48) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and the density of features `[..., 2]`."""
+def _histogram(slow: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and the density of features `[..., 2]`, some 12 of them in a bin."""
     angles = np.arctan2(slow[..., 1], slow[..., 0]).ravel()
+    bins = int(np.clip(angles.size // 12, 12, 96))
     density, edges = np.histogram(angles, bins, range=(-np.pi, np.pi), density=True)
     return edges, density
 
 
+@plot.theme()
 def draw_density(data: Mapping[str, tts.Trajectory]) -> Figure:
     """The features of all seeds at four times, the diffusion, and the teacher."""
     run = data["base"]
@@ -440,8 +463,7 @@ def draw_density(data: Mapping[str, tts.Trajectory]) -> Figure:
     theta = np.asarray(diffusion.theta)
     goal = np.asarray(_teacher(run)(theta))
     figure = plot.figure(9.3, 2.6)
-    with plot.theme():
-        panels = list(figure.subplots(1, 4, sharey=True))
+    panels = list(figure.subplots(1, 4, sharey=True))
     for ax, index, density in zip(panels, shown, np.asarray(solution.density), strict=True):
         edges, heights = _histogram(slow[:, index])
         ax.stairs(heights, edges, fill=True, color=plot.COLORS[0], alpha=0.35, label="features")
@@ -454,13 +476,15 @@ def draw_density(data: Mapping[str, tts.Trajectory]) -> Figure:
     return figure
 
 
-def movie(run: tts.Trajectory, *, frames: int = 72) -> plot.Movie:
+@plot.theme()
+def movie(run: tts.Trajectory, *, seed: int = 0, frames: int = 72) -> plot.Movie:
     """The features of all seeds on their way, with the diffusion at the same time.
 
     Times are evenly spaced in √t: the features move most at the beginning.
 
     Args:
         run: a run of `compute`.
+        seed: whose features are shown as points.
         frames: their number at most; a frame needs a recorded time of its own.
     """
     t, slow = np.asarray(run.tau), np.asarray(run.slow)
@@ -470,8 +494,7 @@ def movie(run: tts.Trajectory, *, frames: int = 72) -> plot.Movie:
     densities = np.asarray(diffusion.solve(None, t[shown]).density)
     theta, goal = np.asarray(diffusion.theta), np.asarray(_teacher(run)(diffusion.theta))
     figure = plot.figure(9.0, 3.6)
-    with plot.theme():
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     edges, heights = _histogram(slow[:, 0])
     bars = right.stairs(heights, edges, fill=True, color=plot.COLORS[0], alpha=0.35)
     bars.set_label("features")
@@ -485,7 +508,7 @@ def movie(run: tts.Trajectory, *, frames: int = 72) -> plot.Movie:
 
     def show(frame: int) -> None:
         index = shown[frame]
-        dots.set_data(slow[0, index, :, 0], slow[0, index, :, 1])
+        dots.set_data(slow[seed, index, :, 0], slow[seed, index, :, 1])
         bars.set_data(_histogram(slow[:, index])[1])
         line.set_ydata(densities[frame])
         left.set_title(f"t = {t[index]:.2f}")
