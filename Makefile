@@ -24,11 +24,12 @@ reproduce: $(VENV)/.installed
 gallery: $(VENV)/.installed
 	$(BIN)/python docs/gallery.py --data $(OUT)/gallery
 
+# A file stays with one worker: what it has compiled serves all its tests.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -388,47 +388,43 @@ def test_a_lane_alone_has_the_answer_of_the_batch():
 # --- derivatives ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(jax.jacfwd, id="forward"),
-        pytest.param(jax.jacrev, id="reverse", marks=pytest.mark.slow),  # as long to compile
-    ],
-)
-def test_derivatives_in_both_modes_agree_with_central_differences(mode):
-    """Of losses, positions and hitting times, by positions, jumps, values and times."""
-
-    def outputs(slow, jumps, values, tau):
-        target = tts.PiecewiseConstant(jumps, values)
-        problem = tts.Univariate(target, neurons=4)
-        run = tts.sharp_limit(problem, problem.state(slow=slow), tau=tau)
-        return jnp.concatenate(
-            [run.loss, run.slow.ravel(), run.stats["hitting_time"], run.events["time"][:3]]
-        )
-
-    # one neuron between the first two jumps, and a hit before the last time
-    at = tuple(
-        map(
-            jnp.asarray,
-            (
-                [0.1, 0.45, 0.7, 0.9],
-                [0.3, 0.6, 0.8],
-                [0.0, 2.0, -1.0, 1.3],
-                [0.001, 0.01, 0.02, 0.05],
-            ),
-        )
+def outputs(slow, jumps, values, tau):
+    """Losses, positions and hitting times."""
+    target = tts.PiecewiseConstant(jumps, values)
+    problem = tts.Univariate(target, neurons=4)
+    run = tts.sharp_limit(problem, problem.state(slow=slow), tau=tau)
+    return jnp.concatenate(
+        [run.loss, run.slow.ravel(), run.stats["hitting_time"], run.events["time"][:3]]
     )
-    everything = (0, 1, 2, 3)
-    derivatives = jax.jit(mode(outputs, everything))(*at)
+
+
+# one neuron between the first two jumps, and a hit before the last time
+AT = (
+    np.array([0.1, 0.45, 0.7, 0.9]),
+    np.array([0.3, 0.6, 0.8]),
+    np.array([0.0, 2.0, -1.0, 1.3]),
+    np.array([0.001, 0.01, 0.02, 0.05]),
+)
+
+
+def test_derivatives_along_directions_agree_with_central_differences():
+    """Forward mode, by positions, jumps, values and times at once."""
     value = jax.jit(outputs)
-    assert np.all(np.isfinite(value(*at)))
-    for number in everything:
-        columns = []
-        for index in range(at[number].size):
-            ends = [
-                value(*(x.at[index].add(h) if n == number else x for n, x in enumerate(at)))
-                for h in (1e-6, -1e-6)
-            ]
-            columns.append((ends[0] - ends[1]) / 2e-6)
-        expected = np.stack(columns, axis=-1)
-        np.testing.assert_allclose(derivatives[number], expected, rtol=1e-6, atol=1e-6)
+    along = jax.jit(lambda at, direction: jax.jvp(outputs, at, direction))
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        direction = tuple(rng.normal(size=part.shape) for part in AT)
+        ends = [
+            value(*(x + h * v for x, v in zip(AT, direction, strict=True))) for h in (1e-6, -1e-6)
+        ]
+        here, slope = along(AT, direction)
+        assert np.all(np.isfinite(here))
+        np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.slow  # long to compile
+def test_derivatives_in_reverse_mode_are_those_of_forward_mode():
+    everything = (0, 1, 2, 3)
+    one, other = (jax.jit(mode(outputs, everything))(*AT) for mode in (jax.jacrev, jax.jacfwd))
+    for reverse, forward in zip(one, other, strict=True):
+        np.testing.assert_allclose(reverse, forward, rtol=1e-9, atol=1e-9)

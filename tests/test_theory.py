@@ -37,6 +37,7 @@ def test_the_bound_on_neurons_is_sufficient_for_six_in_each_piece(target):
     assert theory.good_start_probability(target, neurons, at_least=6) >= 1.0 - delta
 
 
+@pytest.mark.slow  # 80 neurons are long to compile
 def test_the_time_bound_holds_where_every_jump_has_its_own_two_neurons(target):
     sample = theory.sample_hitting_times(target, 80, key=jax.random.key(0), count=500)
     assert np.mean(sample["recovery_time"] <= theory.recovery_time_bound(target)) >= 0.999
@@ -124,7 +125,7 @@ def test_hitting_time_against_quadrature():
 @pytest.mark.parametrize(
     # every number of neurons compiles anew
     "neurons",
-    [1, 10, *(pytest.param(m, marks=pytest.mark.slow) for m in (2, 3, 50))],
+    [10, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 2, 3, 50))],
 )
 @pytest.mark.parametrize("jump", [0.5, 0.12])
 def test_distribution_of_the_hitting_time_against_simulation(neurons, jump):

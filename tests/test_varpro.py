@@ -109,8 +109,9 @@ def small(shape, width=7, samples=30, **options):
     return problem, problem.init(key=jax.random.key(5)).slow
 
 
-@pytest.mark.parametrize("prior", [0.0, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "prior"), [("circle", 0.0), ("sphere", 1.0), ("torus", 0.0), ("plane", 1.0)]
+)
 def test_envelope_and_first_variation(shape, prior):
     """The velocity is that of the total derivative, and ½ ∇u*², at 1e-9."""
     problem, slow = small(shape, prior=prior)
@@ -190,6 +191,7 @@ def test_steps_are_those_of_the_published_algorithm():
 
 def test_steps_and_flow_tend_to_the_limit():
     problem, slow = small("circle", width=4, samples=25, penalty=0.5)
+    problem = dense(problem)  # quicker to compile
     state, tau = problem.state(slow=slow), [0.1, 0.3]
     limit = tts.limit(problem, state, tau=tau, solver="tsit5", rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(np.sum(np.asarray(limit.slow) ** 2, axis=-1), 1.0, rtol=1e-14)
@@ -208,12 +210,12 @@ def test_steps_and_flow_tend_to_the_limit():
 
 def test_features_on_the_torus_come_nearer_to_the_teacher():
     problem = tts.VarPro.of_teacher(
-        tts.TorusTeacher(100.0), key=KEY, samples=256, teacher_width=128, width=32
+        tts.TorusTeacher(100.0), key=KEY, samples=512, teacher_width=256, width=32, penalty=1e-2
     )
-    state = problem.init(key=jax.random.key(1))
-    done = tts.sgd(problem, key=KEY, state=state, regime="limit", step_size=0.02, tau=[0.0, 4.0])
+    done = run(problem, end=2.0, records=2)
     distance = done.observables["goal_distance"][0]
-    assert distance[1] < 0.5 * distance[0]
+    assert distance[1] < 0.6 * distance[0]
+    assert done.loss[0, 1] < 0.1 * done.loss[0, 0]
     assert np.all(np.abs(done.slow) <= 2.0)
 
 
@@ -233,8 +235,7 @@ def test_minibatches_with_a_running_mean():
 # --- what is singular, and what is large ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["circle", "torus"])
-@pytest.mark.parametrize("samples", [4, 30])
+@pytest.mark.parametrize(("shape", "samples"), [("circle", 30), ("torus", 4)])
 def test_without_a_penalty_the_weights_are_those_nearest_to_the_prior(shape, samples):
     """λ = 0 with equal features, and with more features than data: finite, and it is told."""
     problem, slow = small(shape, penalty=0.0, samples=samples)

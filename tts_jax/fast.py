@@ -278,8 +278,8 @@ class Ridge(AbstractFastSolver):
         gradient = penalty * move - transposed(misfit - apply(move))
         if self.singular:
             condition = condition_of(jnp.linalg.eigvalsh(jax.lax.stop_gradient(gram)))
-        else:
-            condition = jnp.trace(gram) / penalty
+        else:  # the largest eigenvalue is at most the trace of what has no penalty, and the penalty
+            condition = jnp.trace(gram) / penalty - (gram.shape[0] - 1)
         info = {"residual": jnp.max(jnp.abs(gradient)), "condition": condition}
         return Solution(prior + move, info)
 
