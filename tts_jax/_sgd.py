@@ -890,6 +890,7 @@ def _general_program(form: _Form) -> Any:
                 velocity = geometry.velocity(state.slow, jax.tree.map(jnp.negative, slope))
                 move = jax.tree.map(lambda v: rates[1] * v, velocity)
                 if heat.slow is not None:
+                    assert noise[1] is not None  # `sgd` has checked
                     shake = geometry.noise(state.slow, noise[1])
                     move = add_noise(move, shake, heat.slow, rates[1])
                 move = _as(move, state.slow)

@@ -222,7 +222,7 @@ class VarPro(AbstractProblem):
         self.width = _checks.positive_integer("width", width, "The paper uses up to 1024.")
         remedy = "It is the weight λ of the regularisation; the paper uses 1e-4 to 1e-1."
         self.penalty = _double(_checks.nonnegative("penalty", penalty, remedy, single=True))
-        self._singular = not _checks.is_traced(penalty) and float(penalty) < 1e-14
+        self._singular = not _checks.is_traced(penalty) and float(np.asarray(penalty)) < 1e-14
         _checks.finite("prior", prior, "1 is the unbiased, 0 the biased regularisation.")
         self.prior = _double(prior)
         self.goal = None if goal is None else _points("goal", goal, self.features.dimension)
