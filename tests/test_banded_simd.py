@@ -58,7 +58,10 @@ def test_flow_against_diffrax(target, name, epsilon):
 
 @pytest.mark.parametrize(
     "places",
-    [[0.42], pytest.param([0.1999, 0.2001], marks=pytest.mark.slow), [0.3, 0.3]],
+    [
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ([0.42], [0.1999, 0.2001])),
+        [0.3, 0.3],
+    ],
 )
 def test_one_and_two_neurons(target, places):
     """Also two that coincide, which are one for the engine."""

@@ -218,6 +218,7 @@ def test_the_number_of_seeds_scales_the_rest():
         study.settings_of("huge")
 
 
+@pytest.mark.slow
 def test_too_few_covered_starts_are_refused(monkeypatch):
     whole = tts.sharp_limit
 

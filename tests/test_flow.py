@@ -111,6 +111,7 @@ def test_a_recovered_network_has_the_loss_floor_of_the_activation(problem, separ
     assert 0.98 * floor <= answer.loss[-1] <= floor
 
 
+@pytest.mark.slow
 def test_observed_order_on_the_flow():
     """Constant steps on the gradient flow itself, with the closed-form Jacobian: order ≥ 4.5."""
     from tts_jax._flow import _slow_time_field, _slow_time_jacobian

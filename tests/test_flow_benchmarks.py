@@ -92,7 +92,10 @@ def solved():
     return Answer(np.asarray(answer.fast), np.asarray(answer.slow), ["", ""])
 
 
-@pytest.mark.parametrize("method", ["cvode", "lsoda", "bdf", "radau"])
+SLOW_TO_BUILD = [pytest.param(one, marks=pytest.mark.slow) for one in ("bdf", "radau")]
+
+
+@pytest.mark.parametrize("method", ["cvode", "lsoda", *SLOW_TO_BUILD])
 def test_a_solver_solves_the_flow(method, solved):
     stiff = pytest.importorskip("benchmarks.peers.stiff")
     if method == "cvode":

@@ -73,7 +73,7 @@ def drift_times(start=START, tau_end=1.0, problem=DRIFT, **options):
 # --- exact times ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon", [None, 0.1])
+@pytest.mark.parametrize("epsilon", [pytest.param(None, marks=pytest.mark.slow), 0.1])
 def test_a_drift_hits_when_it_must(epsilon):
     assert_allclose(drift_times(epsilon=epsilon), EXACT, atol=1e-12)
     assert_allclose(drift_times(epsilon=epsilon, radius=0.1), EXACT - 0.09, atol=1e-12)

@@ -10,7 +10,7 @@ from tts_jax import cli, theory
 from tts_jax.experiments import initialisation as study
 
 
-TINY = study.Settings(starts=200, draws=4000, neurons=(12, 20, 60), recovered=(8, 12))
+TINY = study.Settings(starts=200, draws=4000, neurons=(12, 60), recovered=(8, 12))
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def test_the_kernel_takes_the_steps_of_the_loop_in_float64(simulated, wide):
     check_close(found, expected, np.float64)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts", [[31], [7, 1, 23]])
 def test_the_unrolled_loop_takes_the_steps_of_the_loop(dtype, parts):
     options = {"dtype": dtype, "seeds": 20, "width": 16, "gradient": "box"}

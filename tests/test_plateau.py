@@ -152,7 +152,8 @@ def test_gap_functions_are_those_of_the_step():
     assert np.all(_plateau.gap_tail(r[r >= 1]) == 0)
 
 
-@pytest.mark.parametrize("eta", [2e-3, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("eta", [2e-3, 0.3])
 def test_many_neurons_take_the_sorted_form(monkeypatch, eta):
     """Against the dense form at m = 160, with 1 to 60 neighbours within η."""
     problem = tts.Univariate(tts.PiecewiseConstant(JUMPS, VALUES), neurons=160, eta=eta)

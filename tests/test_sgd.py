@@ -1,5 +1,6 @@
 """SGD: against the published run, against itself on other engines, and its promises on seeds."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -178,9 +179,15 @@ def test_a_stream_longer_than_one_call_continues(monkeypatch):
 # --- engines agree --------------------------------------------------------------------------
 
 
+QUICK = [(1, "simd", 3), (6, "simd", 3), (20, "simd", 3), (75, "simd", 40), (20, "loop", 3)]
+REST = set(itertools.product((1, 6, 20, 75), ("simd", "loop"), (3, 40))) - set(QUICK)
+
+
 @pytest.mark.parametrize("gradient", ["exact", "box"])
-@pytest.mark.parametrize("neurons", [1, 6, 20, 75])
-@pytest.mark.parametrize(("engine", "seeds"), [("simd", 3), ("simd", 40), ("loop", 3)])
+@pytest.mark.parametrize(
+    ("neurons", "engine", "seeds"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(REST))],
+)
 def test_lanes_agree_with_the_general_path(gradient, neurons, engine, seeds):
     settings = {
         "key": jax.random.key(5),
@@ -294,7 +301,7 @@ def lane_run(problem, state, words, *, step_size=1e-3, epsilon=1e-3, gradient="e
     return _lanes.LaneRun([cell], gradient=gradient, **options)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("engine", "narrow"), [("simd", 1), ("loop", 16)])
 def test_the_width_of_a_group_changes_nothing(dtype, engine, narrow):
     problem = paper()
