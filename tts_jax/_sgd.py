@@ -530,10 +530,9 @@ class _Watch:
         found["loss"] = _losses(family, *jax.tree.map(lambda leaf: leaf[:, None], (fast, slow)))[
             :, 0
         ]
-        if not isinstance(self._regime, Eliminated):
-            found["epsilon_eff"] = self._rates[0] * of_states(
-                _separation.ratio, 1, problem, fast, slow
-            )
+        ratio = self._regime.ratio(self._rates[0])
+        if ratio:
+            found["epsilon_eff"] = ratio * of_states(_separation.ratio, 1, problem, fast, slow)
 
         def masked(leaf: Any) -> np.ndarray:
             leaf = np.asarray(leaf)

@@ -54,6 +54,10 @@ class AbstractRegime(eqx.Module):
         del problem
         return state.fast, {}
 
+    def ratio(self, epsilon: float) -> float:
+        """The ratio of the speeds of the slow and the fast variable, 0 if y is eliminated."""
+        return epsilon
+
 
 class Joint(AbstractRegime):
     """One step of the fast variable for each of the slow one, both from the old state."""
@@ -102,6 +106,9 @@ class Inner(AbstractRegime):
 
         fast = jax.lax.fori_loop(0, self.steps, inner, state.fast)
         return fast, problem.sample_gradient(fast, state.slow, sample, gradient=gradient)[1]
+
+    def ratio(self, epsilon: float) -> float:
+        return epsilon / self.steps
 
 
 class Eliminated(AbstractRegime):
@@ -169,6 +176,10 @@ class Eliminated(AbstractRegime):
         if self.memory:
             return state.fast, {}
         return self._solver(problem).solve(problem, state.slow, None, state.fast)
+
+    def ratio(self, epsilon: float) -> float:
+        del epsilon
+        return 0.0
 
     def _solver(self, problem: "AbstractProblem") -> AbstractFastSolver:
         return problem.fast_solver if self.solver is None else self.solver

@@ -8,8 +8,9 @@ torus (slow), and outer weights u_j (fast), which ridge regression eliminates:
 
 A feature moves by −M ∂L/∂w_j, the gradient of the first variation −½ (u*² − b²) of the reduced
 loss. With labels of a network of the same kind, whose features have the density μ̄ and whose weights
-are 1, u* tends to μ̄/μ as λ → 0, and the density μ of the features follows the ultra-fast diffusion
-∂_t μ = −½ div(μ ∇(μ̄/μ)²), `UltraFastDiffusion`. The fast loss is λM·L, whose gradient in u is
+are 1, u* tends to μ̄/μ as λ → 0 if the features tell all measures apart, and the density μ of the
+features follows the ultra-fast diffusion ∂_t μ = −½ div(μ ∇(μ̄/μ)²), `UltraFastDiffusion`. ReLU
+features do not see the odd Fourier orders from 3 on (docs/varpro.md). The fast loss is λM·L, whose gradient in u is
 Φᵀ(f − y)/N + λ(u − b), so that a fast step of size 1 and ε = 2⁻¹⁰ are the published two-timescale
 gradient descent, and the slowest relaxation rate is λ: the separation number is about ε/λ.
 """
@@ -209,7 +210,7 @@ class VarPro(AbstractProblem):
             TypeError: `features` are none.
         """
         self.features = Relu() if features is None else features
-        remedy = "Use `varpro.Relu()` or `varpro.Radial()`."
+        remedy = "Use `tts.Relu()` or `tts.Radial()`."
         _checks.instance("features", self.features, AbstractFeatures, remedy)
         self.inputs = _points("inputs", inputs, self.features.dimension)
         _checks.finite("labels", labels, "Give every input a finite label.")
@@ -263,7 +264,7 @@ class VarPro(AbstractProblem):
         if not isinstance(teacher, (CircleTeacher, TorusTeacher)):
             raise TypeError(
                 f"Argument `teacher` must be a `CircleTeacher` or a `TorusTeacher`, got "
-                f"{teacher!r}. Use for example `CircleTeacher(100.0)`."
+                f"{teacher!r}. Use for example `tts.CircleTeacher(100.0)`."
             )
         _checks.positive_integer("samples", samples, "The paper uses 4096.")
         _checks.positive_integer("teacher_width", teacher_width, "The paper uses 4096.")
