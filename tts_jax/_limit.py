@@ -44,8 +44,8 @@ def limit(
     """Solve the reduced flow dx/dτ = V(y*(x), x), the limit ε → 0 of `flow`.
 
     The fast variable is eliminated exactly, by `problem.critical`; by the envelope theorem no
-    derivative of y* is needed, unless the problem says so (`envelope`). `state.fast` plays no part: it jumps to y*(x) at τ = 0⁺, and
-    the answer records y*(x) at τ = 0 already.
+    derivative of y* is needed, unless the problem says so (`envelope`). `state.fast` plays no part:
+    it jumps to y*(x) at τ = 0⁺, and the answer records y*(x) at τ = 0 already.
 
     Args:
         problem: the two-timescale problem.

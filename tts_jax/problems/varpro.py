@@ -10,9 +10,11 @@ A feature moves by −M ∂L/∂w_j, the gradient of the first variation −½ (
 loss. With labels of a network of the same kind, whose features have the density μ̄ and whose weights
 are 1, u* tends to μ̄/μ as λ → 0 if the features tell all measures apart, and the density μ of the
 features follows the ultra-fast diffusion ∂_t μ = −½ div(μ ∇(μ̄/μ)²), `UltraFastDiffusion`. ReLU
-features do not see the odd Fourier orders from 3 on (docs/varpro.md). The fast loss is λM·L, whose gradient in u is
-Φᵀ(f − y)/N + λ(u − b), so that a fast step of size 1 and ε = 2⁻¹⁰ are the published two-timescale
-gradient descent, and the slowest relaxation rate is λ: the separation number is about ε/λ.
+features do not see the odd Fourier orders from 3 on (docs/varpro.md).
+
+The fast loss is λM·L, whose gradient in u is Φᵀ(f − y)/N + λ(u − b), so that a fast step of size 1
+and ε = 2⁻¹⁰ are the published two-timescale gradient descent, and the slowest relaxation rate is λ:
+the separation number is about ε/λ.
 """
 
 import abc
