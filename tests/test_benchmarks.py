@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import varpro
 from benchmarks.peers import CPU_PEERS, Peer, peers_for
 from benchmarks.peers.engine import EngineRun
 from benchmarks.setting import JUMPS, VALUES, Setting
@@ -355,3 +356,57 @@ def test_a_run_that_dies_keeps_the_workloads_it_finished(run, tmp_path, monkeypa
         main([*given, "--backend", "cpu", "--update-baseline"])
     for path in (tmp_path / "run.json", baseline):
         assert list(json.loads(path.read_text())["groups"]) == ["commands"]
+
+
+# --- variable projection ----------------------------------------------------------------------
+
+
+def test_variable_projection_is_compared_with_what_it_must_equal(monkeypatch, capsys):
+    """Ours is real on the general path, the answers of the other processes are made from it."""
+    real, off = {}, {"PyTorch": 1e-12, "circle": 0.0}
+    times = {"wall": 0.02, "processor": 0.04, "load": 0.5}
+
+    def answer(python, way, path, seeds, epochs):
+        if way == "large":
+            return real | {"times": {"1": times}}
+        if not real:
+            said = varpro.side("dense", path, seeds, epochs)
+            real.update(json.loads(json.dumps(said, allow_nan=True)))
+            assert list(real["times"]) == ["1"]
+        here = np.asarray(real["float64"])
+        assert here.shape == (1, 5, 2)
+        np.testing.assert_allclose(np.linalg.norm(here, axis=-1), 1.0, rtol=1e-14)
+        if way == "torch":
+            here = here + off["PyTorch"]
+            said = {"version": "2", "threads": 1, "float32": here + 1e-3}
+            slow = {"wall": 0.2, "processor": 0.2, "load": 0.5}
+            return said | {"float64": here.tolist(), "times": slow}
+        moved = (here + off["circle"]).tolist() if way == "circle" else here.tolist()
+        return real | {"float64": moved, "times": {"1": times}}
+
+    monkeypatch.setattr(varpro, "apart", answer)
+    monkeypatch.setattr(varpro, "ROUNDS", 1)
+    small = ["--width", "5", "--samples", "12", "--seeds", "1", "--epochs", "2"]
+    small += ["--large", "6", "14"]
+    assert varpro.main([*small, "--dense"]) == 0
+    said = capsys.readouterr().out
+    for line in ("float32 to float64: 1.4e-03", "circle to PyTorch in float64: 1.4e-12"):
+        assert line in said
+    assert [line.split()[-3:-1] for line in said.splitlines() if "1 seed" in line] == [
+        ["10.0", "5.0"]
+    ] * 2
+    assert varpro.main([*small, "--alone"]) == 0
+    assert "PyTorch" not in capsys.readouterr().out
+    for name, gap in (("PyTorch", 1e-7), ("PyTorch", np.nan), ("circle", 1e-7)):
+        with monkeypatch.context() as patch:
+            patch.setitem(off, name, gap)
+            assert varpro.main([*small, *(["--alone"] if name == "circle" else [])]) == 1
+    assert "not equal" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_variable_projection_without_pytorch(capsys):
+    """All processes of ours at a tiny size; most of the time is compilation."""
+    small = ["--width", "8", "--samples", "20", "--seeds", "1", "--epochs", "2"]
+    assert varpro.main([*small, "--alone", "--large", "9", "21"]) == 0
+    assert "dense to circle" in capsys.readouterr().out

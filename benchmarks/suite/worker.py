@@ -60,7 +60,7 @@ class Worker:
             if jax.default_backend() != self._backend:
                 raise RuntimeError(f"JAX runs on {jax.default_backend()}, not on {self._backend}")
             devices = [f"{device} ({device.device_kind})" for device in jax.local_devices()]
-        return {"devices": devices, "resident": _peak_bytes()}
+        return {"devices": devices, "resident": peak_bytes()}
 
     def build(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Start an ensemble and take a few steps."""
@@ -107,7 +107,7 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """The most memory that the process has had."""
-        return {"peak": _peak_bytes()}
+        return {"peak": peak_bytes()}
 
     def _load(self) -> Any:
         module, name = self._build.split(":")
@@ -124,7 +124,7 @@ class Worker:
         return time.perf_counter() - started
 
 
-def _peak_bytes() -> int | None:
+def peak_bytes() -> int | None:
     try:
         import resource
     except ImportError:  # not on Windows
