@@ -457,13 +457,14 @@ def draw_density(data: Mapping[str, tts.Trajectory]) -> Figure:
     """The features of all seeds at four times, the diffusion, and the teacher."""
     run = data["base"]
     t, slow = np.asarray(run.tau), np.asarray(run.slow)
-    shown = [0, *(int(np.argmin(np.abs(t - part * t[-1]))) for part in (0.05, 0.2, 1.0))]
+    parts = np.array([0.0, 0.05, 0.2, 1.0])
+    shown = np.unique(np.argmin(np.abs(t[:, None] - parts * t[-1]), axis=0))
     diffusion = tts.UltraFastDiffusion(_teacher(run), 512)
     solution = diffusion.solve(None, t[shown])
     theta = np.asarray(diffusion.theta)
     goal = np.asarray(_teacher(run)(theta))
     figure = plot.figure(9.3, 2.6)
-    panels = list(figure.subplots(1, 4, sharey=True))
+    panels = np.ravel(figure.subplots(1, shown.size, sharey=True))
     for ax, index, density in zip(panels, shown, np.asarray(solution.density), strict=True):
         edges, heights = _histogram(slow[:, index])
         ax.stairs(heights, edges, fill=True, color=plot.COLORS[0], alpha=0.35, label="features")
