@@ -408,6 +408,7 @@ AT = (
 )
 
 
+@pytest.mark.slow  # two minutes to compile
 def test_derivatives_along_directions_agree_with_central_differences():
     """Forward mode, by positions, jumps, values and times at once."""
     value = jax.jit(outputs)

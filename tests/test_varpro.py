@@ -137,7 +137,7 @@ def dense(problem):
     return eqx.tree_at(lambda one: one._data, problem, None, is_leaf=lambda leaf: leaf is None)
 
 
-@pytest.mark.parametrize("sample", [None, 9])
+@pytest.mark.parametrize("sample", [pytest.param(None, marks=pytest.mark.slow), 9])
 def test_the_circle_is_what_the_definition_says(sample):
     problem, slow = small("circle", samples=40, width=20)
     plain = dense(problem)
@@ -219,6 +219,7 @@ def test_features_on_the_torus_come_nearer_to_the_teacher():
     assert np.all(np.abs(done.slow) <= 2.0)
 
 
+@pytest.mark.slow
 def test_minibatches_with_a_running_mean():
     problem = of_teacher(width=32, batch=128, penalty=0.01)
     options = {"step_size": STEP, "tau": [0.0, 4.0], "state": problem.init(key=jax.random.key(1))}
