@@ -1,7 +1,13 @@
 """The two-timescale limit at finite width: against SciPy, between solvers, against the flow."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import numpy as np
+import pytest
 from conftest import JUMPS, VALUES
 from scipy.integrate import solve_ivp
 
@@ -79,3 +85,23 @@ def test_values_and_jumps_enter_by_their_difference_only(target, separated):
     answer = tts.limit(tts.Univariate(lifted), separated, tau=tau)
     np.testing.assert_allclose(answer.slow, plain.slow, atol=1e-9)
     np.testing.assert_allclose(answer.fast[:, 0], plain.fast[:, 0] + 2.0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_it_ends_under_the_settings_of_the_command_line():
+    """Several CPU devices whose loops run inline: `eigh` in them has waited for ever."""
+    program = """
+        import jax, numpy as np
+        from tts_jax import _compat
+        assert _compat.configure_cpu()
+        import tts_jax as tts
+        problem = tts.Univariate(tts.PiecewiseConstant([0.3, 0.6], [0.0, 2.0, 1.0]), neurons=6)
+        state = problem.init(key=jax.random.split(jax.random.key(0), 4))
+        print(tts.limit(problem, state, tau=[0.01], engine="diffrax").status.tolist())
+    """
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    told = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=200
+    )
+    assert told.stdout.strip() == "[0, 0, 0, 0]"

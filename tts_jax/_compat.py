@@ -57,6 +57,15 @@ def configure_cpu() -> bool:
     return True
 
 
+def loops_run_inline() -> bool:
+    """Whether `configure_cpu` has made XLA run loops in the thread that comes upon them.
+
+    Then a loop that calls `eigh` may wait for ever if several CPU devices do so together
+    (jaxlib 0.10.2).
+    """
+    return _LOOP_OPTIONS[0].partition("=")[0] in os.environ.get("XLA_FLAGS", "")
+
+
 def loop_compiler_options(platform: str) -> dict[str, Any]:
     """Options for `jax.jit(compiler_options=...)` of the lane loops."""
     return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}

@@ -301,15 +301,18 @@ def solve(
     state: State,
     epsilon: Array,
     run: Run,
+    *,
+    spread: bool = True,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """All lanes by the engine: the answer, and the names of the batch axes.
 
     Args:
         solve_lane: `solve_lane(state, epsilon, problem, run)`, one lane by Diffrax; it also does
             what the problem's own engine leaves to it.
+        spread: whether Diffrax may use several devices.
     """
     if engine == "diffrax":
-        return solve_lanes(problem, solve_lane, state, epsilon, problem, run)
+        return solve_lanes(problem, solve_lane, state, epsilon, problem, run, spread=spread)
     batch = Batch(problem, state, epsilon)
     answer = problem.solve_flow(
         engine,
@@ -325,7 +328,8 @@ def solve(
     beyond = np.flatnonzero(answer["stats"].get("dense", False))
     if beyond.size:
         some = jax.tree.map(lambda leaf: leaf[beyond], batch.state)
-        rest, _ = solve_lanes(problem, solve_lane, some, batch.epsilon[beyond], problem, run)
+        lanes = some, batch.epsilon[beyond]
+        rest, _ = solve_lanes(problem, solve_lane, *lanes, problem, run, spread=spread)
         kept = {name: answer["stats"][name][beyond] for name in answer["stats"]}
         rest["stats"] = kept | rest["stats"]
 
@@ -342,19 +346,20 @@ def solve_lanes(
     state: State,
     epsilon: Array,
     *args: Any,
+    spread: bool = True,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Run `solve(state, epsilon, *args)` on every lane of the broadcast batch of both.
 
     On a CPU device lanes run one after the other, each with its own number of steps, so that no
     lane waits for another; elsewhere they run together under `vmap`. Several local devices
-    share the lanes.
+    share the lanes, unless `spread` is off.
 
     Returns:
         The stacked answers and the names of the batch axes.
     """
     batch = Batch(problem, state, epsilon)
     count = math.prod(batch.shape)
-    devices = jax.local_devices()
+    devices = jax.local_devices()[: None if spread else 1]
     if not batch.shape:
         mesh = _compat.lane_mesh(devices[:1])
         return _map_lanes(solve, "one", mesh, (state, epsilon), args), ()

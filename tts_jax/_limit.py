@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from tts_jax import _checks
+from tts_jax import _checks, _compat
 from tts_jax._integrate import (
     EngineName,
     Run,
@@ -96,7 +96,10 @@ def limit(
         adjoint=adjoint,
         progress_meter=progress_meter,
     )
-    answer, names = solve(problem, engine, _solve_lane, state, jnp.zeros(()), run)
+    lanes = state, jnp.zeros(())
+    # `critical` may have an `eigh` in it
+    spread = not _compat.loops_run_inline()
+    answer, names = solve(problem, engine, _solve_lane, *lanes, run, spread=spread)
     if engine != "simd" or np.any(answer["stats"]["dense"]):  # else the engine has them
         more = over_lanes(_reduced_observables, jnp.ndim(answer["loss"]), problem, answer["slow"])
         answer["stats"] |= more
