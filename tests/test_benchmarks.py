@@ -180,14 +180,16 @@ def test_a_peer_that_hangs_is_ended(fake):
             session.ask("read")
 
 
-def test_a_gpu_adds_peers_that_a_cpu_refuses():
+def test_a_gpu_adds_peers():
     assert peers_for("cpu") == CPU_PEERS
     added = [peer for peer in peers_for("gpu") if peer not in CPU_PEERS]
     assert added
     assert all(peer.backend == "gpu" for peer in added)
-    scan = next(peer for peer in added if peer.name == "gpu-jax-scan")
-    if jax.default_backend() == "gpu":
-        pytest.skip("there is a GPU")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="here a GPU's peers are not refused")
+def test_a_gpu_peer_is_refused_without_a_gpu():
+    scan = next(peer for peer in peers_for("gpu") if peer.name == "gpu-jax-scan")
     effort = measure.Effort(rounds=1, seconds=0.05, timeout=120.0)
     with measure.pool(effort) as processes:
         refused, measured = (

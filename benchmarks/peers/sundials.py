@@ -40,8 +40,7 @@ def _library(name: str) -> ctypes.CDLL:
     if not files:
         raise RuntimeError(f"this build of scikit-sundae has no shared library sundials_{name}")
     # the package loads OpenBLAS and the rest in the order that they need each other
-    import sksundae.cvode  # noqa: F401
-
+    importlib.import_module("sksundae.cvode")
     return ctypes.CDLL(str(files[0]))
 
 

@@ -187,8 +187,8 @@ def _limit(rows: list[Row]) -> str:
     if not peers:
         return text
     text += f"\n\n{_at_equal_errors(peers, REFERENCE)}\n\n{_measured(peers)}"
-    faster = [
-        f"{1 / np.median(within):.3g}× faster at an error of {error:g}"
+    speeds = [
+        f"{1 / np.median(within):.3g} times as fast at an error of {error:g}"
         for error in EQUAL_ERRORS
         if (
             within := equal_error_ratios(
@@ -196,7 +196,7 @@ def _limit(rows: list[Row]) -> str:
             )
         )
     ]
-    return text + (f"\n\n`limit` is {' and '.join(faster)}." if faster else "")
+    return text + (f"\n\nBeside `flow`, `limit` is {' and '.join(speeds)}." if speeds else "")
 
 
 def _sharp(rows: list[Row]) -> str:
