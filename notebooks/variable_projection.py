@@ -68,7 +68,7 @@ def run_of(problem, regime="limit"):
 # ## One run
 #
 # $b = 1$, the *unbiased* penalty, and $\lambda = 10^{-3}$. `regime="limit"` eliminates the
-# weights at every step; the solve takes time $O(M)$ on the circle. `goal_distance` is the energy
+# weights at every step; the solve takes time $O(M)$ on the circle. `teacher_distance` is the energy
 # distance between the features and those of the teacher.
 
 # %%
@@ -76,12 +76,12 @@ unbiased = run_of(problem_of())
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
 left.semilogy(TAU, unbiased.loss[0], color=plot.COLORS[0])
 left.set(xlabel="slow time t", ylabel="risk L")
-right.semilogy(TAU, unbiased.observables["goal_distance"][0], color=plot.COLORS[0])
+right.semilogy(TAU, unbiased.observables["teacher_distance"][0], color=plot.COLORS[0])
 right.set(xlabel="slow time t", ylabel="distance to the teacher")
 fig.tight_layout()
 
 # %%
-distance = unbiased.observables["goal_distance"][0]
+distance = unbiased.observables["teacher_distance"][0]
 print(f"risk     {unbiased.loss[0, 0]:.3f} -> {unbiased.loss[0, -1]:.1e}")
 print(f"distance {distance[0]:.3f} -> {distance[-1]:.3f}")
 print(f"largest entry of the gradient in u: {unbiased.stats['residual'].max():.0e}")
@@ -167,7 +167,7 @@ ax.get_figure().tight_layout()
 for penalty in (1e-1, 1e-3):
     for prior, name in ((1.0, "unbiased"), (0.0, "biased")):
         seen = run_of(problem_of(penalty=penalty, prior=prior))
-        ends = seen.observables["goal_distance"][0]
+        ends = seen.observables["teacher_distance"][0]
         print(f"λ = {penalty:g}, {name:8}: risk {seen.loss[0, -1]:.2g}, distance {ends[-1]:.3f}")
 
 # %% [markdown]
@@ -184,7 +184,7 @@ for ax, penalty in zip(panels, (1e-1, 1e-3), strict=True):
     problem = problem_of(penalty=penalty)
     runs = {"variable projection": run_of(problem), "two timescales": run_of(problem, "joint")}
     for place, (name, seen) in enumerate(runs.items()):
-        distance = seen.observables["goal_distance"][0]
+        distance = seen.observables["teacher_distance"][0]
         ax.semilogy(TAU, distance, ("-", "--")[place], color=plot.COLORS[place], label=name)
     start = problem.init(key=jax.random.key(1))
     number = float(tts.separation(problem, start, epsilon=STEP))
@@ -192,7 +192,7 @@ for ax, penalty in zip(panels, (1e-1, 1e-3), strict=True):
     print(f"λ = {penalty:g}: separation number {number:.2g} at the start, distances at the end:")
     print(
         {
-            name: round(float(one.observables["goal_distance"][0, -1]), 3)
+            name: round(float(one.observables["teacher_distance"][0, -1]), 3)
             for name, one in runs.items()
         }
     )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import tts_jax as tts
-from tts_jax import fast, regime
+from tts_jax import fast, geometry, regime
 
 
 class Spring(tts.AbstractProblem):
@@ -224,6 +224,38 @@ def test_a_direction_that_does_not_relax_is_not_separated():
     assert np.isinf(tts.separation(Flat(), START, epsilon=0.1))
 
 
+def test_a_direction_that_relaxes_only_by_rounding_is_not_separated():
+    class Nearly(Spring):
+        def loss(self, y, x):
+            return jnp.sum((jnp.sum(y) - x) ** 2) + jnp.sum(x**2) + 1e-18 * jnp.sum(y**2)
+
+    assert np.isinf(tts.separation(Nearly(), START, epsilon=0.1))
+
+
+def test_an_optimizer_sees_the_slope_as_the_geometry_has_it():
+    """Plain descent with the step sizes of the two blocks is what `sgd` does by itself."""
+
+    class Circling(Spring):
+        @property
+        def geometry(self):
+            return geometry.Particles(geometry.Sphere())
+
+        def init(self, *, key):
+            return tts.State(jnp.zeros((3, 2)), self.geometry.project(jnp.ones((3, 2))))
+
+        def loss(self, y, x):
+            return jnp.sum((y - x) ** 2 * jnp.array([1.0, 3.0])) / 2
+
+    rates = optax.partition(
+        {"fast": optax.sgd(0.05), "slow": optax.sgd(0.005)}, {"fast": "fast", "slow": "slow"}
+    )
+    options = {"epsilon": 0.1, "state": None, "seeds": 1}
+    one, other = run(Circling(), **options), run(Circling(), optimizer=rates, **options)
+    np.testing.assert_allclose(other.slow, one.slow, rtol=1e-12)
+    np.testing.assert_allclose(other.fast, one.fast, rtol=1e-12)
+    assert np.ptp(one.slow) > 0.01
+
+
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="Argument `epsilon` must be left out in the regime"):
         run(regime="limit", epsilon=0.1)
@@ -241,6 +273,15 @@ def test_what_does_not_go_together_is_refused():
         regime.Eliminated("ridge")
     with pytest.raises(ValueError, match="Argument `optimizer` must be left out with regime"):
         run(regime="limit", optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="Argument `optimizer` must be left out for a problem"):
+        run(Spring(heat=(None, 0.1)), epsilon=0.1, optimizer=optax.sgd(0.1))
+
+    class Half(Spring):
+        def fast_loss(self, y, x):
+            return 2.0 * self.loss(y, x)
+
+    with pytest.raises(TypeError, match="defines `fast_loss`, but not that of a sample"):
+        run(Half(), epsilon=0.1)
     with pytest.raises(ValueError, match="Argument `observe_every` must be an integer"):
         run(epsilon=0.1, observe_every=0)
     with pytest.raises(ValueError, match="Argument `key` must be a random key to draw the noise"):

@@ -46,12 +46,12 @@ def unbiased():
 
 
 def ends(trajectory):
-    return trajectory.loss[0, -1], trajectory.observables["goal_distance"][0, -1]
+    return trajectory.loss[0, -1], trajectory.observables["teacher_distance"][0, -1]
 
 
 def test_the_features_come_to_the_teacher(unbiased):
     """The criterion: distance at most .05 from some .45, the risk falls by a factor of 10⁴."""
-    distance = unbiased.observables["goal_distance"][0]
+    distance = unbiased.observables["teacher_distance"][0]
     assert distance[0] > 0.3
     assert distance[-1] <= 0.05
     assert unbiased.loss[0, -1] <= 1e-4 * unbiased.loss[0, 0]
@@ -213,7 +213,7 @@ def test_features_on_the_torus_come_nearer_to_the_teacher():
         tts.TorusTeacher(100.0), key=KEY, samples=512, teacher_width=256, width=32, penalty=1e-2
     )
     done = run(problem, end=2.0, records=2)
-    distance = done.observables["goal_distance"][0]
+    distance = done.observables["teacher_distance"][0]
     assert distance[1] < 0.6 * distance[0]
     assert done.loss[0, 1] < 0.1 * done.loss[0, 0]
     assert np.all(np.abs(done.slow) <= 2.0)
@@ -225,7 +225,7 @@ def test_minibatches_with_a_running_mean():
     options = {"step_size": STEP, "tau": [0.0, 4.0], "state": problem.init(key=jax.random.key(1))}
     way = regime.Eliminated(memory=0.9)
     done = tts.sgd(problem, key=KEY, regime=way, seeds=2, **options)
-    distance = done.observables["goal_distance"]
+    distance = done.observables["teacher_distance"]
     assert np.all(distance[:, 1] < 0.5 * distance[:, 0])
     assert np.any(done.slow[0] != done.slow[1])
     first = problem.sample(key=KEY, step=0)
@@ -281,7 +281,10 @@ def test_memory_is_bounded():
         ({"labels": np.zeros(3)}, "Argument `labels` must have one number for each of the 5"),
         ({"inputs": np.zeros((5, 3))}, r"Argument `inputs` must have shape \[n, 2\]"),
         ({"inputs": np.full((5, 2), np.nan)}, "Argument `inputs` must be finite"),
-        ({"goal": np.zeros((0, 2))}, r"Argument `goal` must have shape \[n, 2\] with at least one"),
+        (
+            {"teacher_features": np.zeros((0, 2))},
+            r"Argument `teacher_features` must have shape \[n, 2\] with at least one",
+        ),
         ({"width": 0}, "Argument `width` must be an integer of at least 1"),
         ({"prior": np.inf}, "Argument `prior` must be finite"),
         ({"batch": 6}, "Argument `batch` must be at most the 5 data, got 6"),
@@ -319,6 +322,6 @@ def test_bad_states_teachers_and_features_are_refused():
         tts.Relu(1)
     with pytest.raises(ValueError, match="Argument `scale` must be positive"):
         tts.Radial(scale=0.0)
-    with pytest.raises(TypeError, match="`goal_distance` needs the features of a teacher"):
-        problem.goal_distance(slow)
+    with pytest.raises(TypeError, match="`teacher_distance` needs the features of a teacher"):
+        problem.teacher_distance(slow)
     assert isinstance(problem.fast_solver, fast.AbstractFastSolver)

@@ -67,7 +67,7 @@ def test_a_run_starts_from_the_features_of_its_seed(folder):
     assert np.all(base.slow[0, 0] != base.slow[1, 0])
     problem = TINY.problems(varpro.CASES["base"])[1]
     np.testing.assert_allclose(
-        base.observables["goal_distance"][1, -1], problem.goal_distance(base.slow[1, -1])
+        base.observables["teacher_distance"][1, -1], problem.teacher_distance(base.slow[1, -1])
     )
     angles = np.arctan2(base.slow[1, -1, :, 1], base.slow[1, -1, :, 0])
     diffusion = tts.UltraFastDiffusion(tts.CircleTeacher(10.0), 64)

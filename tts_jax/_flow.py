@@ -201,4 +201,5 @@ def _fastest_rate(problem: AbstractProblem, state: State, epsilon: Array) -> Arr
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     solution = run.solve(problem, _slow_time_field, start, (problem, epsilon))
-    return lane_answer(problem, solution, *cast(list[State], solution.ys)[0])
+    fast, slow = cast(list[State], solution.ys)[0]
+    return lane_answer(problem, solution, fast, jax.lax.map(problem.geometry.project, slow))

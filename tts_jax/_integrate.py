@@ -125,7 +125,6 @@ def lane_answer(
     problem: AbstractProblem, solution: diffrax.Solution, fast: PyTree[Array], slow: PyTree[Array]
 ) -> dict[str, Any]:
     """States, losses, status and step counts of one Diffrax solution."""
-    slow = jax.vmap(problem.geometry.project)(slow)
     fast, slow = jax.tree.map(
         lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, jnp.nan), (fast, slow)
     )

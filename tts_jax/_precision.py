@@ -42,6 +42,11 @@ def double_precision(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def as_float(value: Any) -> Any:
+    """Concrete numbers as a NumPy float64 array (it keeps its digits whatever x64 says)."""
+    return jnp.asarray(value) if is_traced(value) else np.asarray(value, dtype=np.float64)
+
+
 def require_double_precision(who: str, *trees: Any) -> None:
     """Refuse to trace a stiff or exact solve in float32.
 

@@ -130,7 +130,7 @@ class AbstractProblem(eqx.Module):
         To the slow one √(2T) dB, in slow time and within the tangent space; to the fast one the
         same in fast time. `flow` and `limit` are for problems without.
         """
-        return State(None, None)  # pyright: ignore[reportArgumentType]
+        return State(None, None)
 
     def fast_loss(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
         """The fast loss g(y, x), whose gradient in y moves the fast variable: by default L."""
@@ -192,10 +192,13 @@ class AbstractProblem(eqx.Module):
 
     def relaxation_rate(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
         """The slowest rate, in fast time, at which the fast variable relaxes: the smallest
-        eigenvalue of ∇²_y g."""
+        eigenvalue of ∇²_y g, 0 where it is rounding."""
         flat, unravel = ravel_pytree(fast)
         hessian = jax.hessian(lambda y: self.fast_loss(unravel(y), slow))(flat)
-        return jnp.linalg.eigvalsh(hessian)[0]
+        values = jnp.linalg.eigvalsh(hessian)
+        # what the largest eigenvalue's rounding hides counts as none
+        hidden = flat.size * jnp.finfo(values.dtype).eps * jnp.abs(values[-1])
+        return jnp.where(values[0] > hidden, values[0], 0.0)
 
     def slow_rate(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
         """The rate, in slow time, at which the slow variable moves by `slow_scale`."""
@@ -326,6 +329,11 @@ class AbstractProblem(eqx.Module):
         self, fast: PyTree[Array], slow: PyTree[Array], sample: PyTree[Array]
     ) -> Float[Array, ""]:
         """The fast loss of one training sample: by default `sample_loss`."""
+        if type(self).fast_loss is not AbstractProblem.fast_loss:
+            raise TypeError(
+                f"`{type(self).__name__}` defines `fast_loss`, but not that of a sample, which "
+                f"`sgd` descends. Define `sample_fast_loss(fast, slow, sample)`."
+            )
         return self.sample_loss(fast, slow, sample)
 
     def sample_gradient(
@@ -346,7 +354,9 @@ class AbstractProblem(eqx.Module):
         def total(fast: PyTree[Array], slow: PyTree[Array]) -> Array:
             return jnp.sum(self.sample_loss(fast, slow, sample))
 
-        if type(self).sample_fast_loss is AbstractProblem.sample_fast_loss:
+        kind = type(self)
+        own = kind.sample_fast_loss is not AbstractProblem.sample_fast_loss
+        if not own and kind.fast_loss is AbstractProblem.fast_loss:
             return State(*jax.grad(total, argnums=(0, 1))(fast, slow))
 
         def fast_total(fast: PyTree[Array]) -> Array:

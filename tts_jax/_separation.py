@@ -44,6 +44,6 @@ def separation(
 def ratio(problem: AbstractProblem, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
     """ε_eff/ε of one state."""
     rate = problem.relaxation_rate(fast, slow)
-    # below it an eigenvalue is the rounding of those that are not
-    floor = jnp.finfo(rate.dtype).tiny
-    return jnp.where(rate > floor, problem.slow_rate(fast, slow) / rate, jnp.inf)
+    relaxes = rate > 0.0
+    speed = problem.slow_rate(fast, slow)
+    return jnp.where(relaxes, speed / jnp.where(relaxes, rate, 1.0), jnp.inf)

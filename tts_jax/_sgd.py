@@ -95,8 +95,9 @@ def sgd(
             kept as offsets from the start, so that steps far below the spacing of float32
             numbers still add up. The general path keeps plain positions and defaults to float64.
         optimizer: an optax transformation that replaces the two-rate steps. It sees the tree
-            `{"fast": ..., "slow": ...}` (`optax.partition` gives the two blocks their own
-            rules); `epsilon` and `step_size` then only define the clock τ = εhk.
+            `{"fast": ..., "slow": ...}` of gradients, the slow one as the problem's geometry has
+            it (`optax.partition` gives the two blocks their own rules); `epsilon` and `step_size`
+            then only define the clock τ = εhk.
         samples: a given stream in place of random samples, in the form of `problem.sample`
             with an axis for the steps in front, `[steps, ...]` for all seeds or
             `[seeds, steps, ...]`. For `Univariate`: `(x, noise)`.
@@ -139,6 +140,12 @@ def sgd(
     if observe_every is not None:
         remedy = "It is a number of steps; leave it out to observe nothing."
         observe_every = _checks.positive_integer("observe_every", observe_every, remedy)
+    hot = any(one is not None for one in problem.temperature)
+    if optimizer is not None and hot:
+        raise ValueError(
+            f"Argument `optimizer` must be left out for a problem with a `temperature`, got "
+            f"{optimizer!r}. Langevin noise belongs to the two-rate steps."
+        )
     if optimizer is not None and not isinstance(regime, Joint):
         raise ValueError(
             f"Argument `optimizer` must be left out with regime {type(regime).__name__}, got "
@@ -149,8 +156,7 @@ def sgd(
     with wide():
         stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
         seeds = _number_of_seeds(family, seeds, state, stream)
-        noisy = any(one is not None for one in problem.temperature)
-        if key is None and (state is None or stream is None or noisy):
+        if key is None and (state is None or stream is None or hot):
             missing = "starts" if state is None else "noise" if stream is not None else "samples"
             raise ValueError(
                 f"Argument `key` must be a random key to draw the {missing}, got None. Pass for "
@@ -896,7 +902,10 @@ def _general_program(form: _Form) -> Any:
                 point = {"fast": _as(fast, state.fast), "slow": geometry.retract(state.slow, move)}
             else:
                 slopes = problem.sample_gradient(*state, sample, gradient=form.gradient)
-                slopes = {"fast": slopes[0], "slow": slopes[1]}
+                # the slow slope as the geometry has it: along its tangent, of its scale
+                force = jax.tree.map(jnp.negative, slopes[1])
+                ascent = jax.tree.map(jnp.negative, geometry.velocity(state.slow, force))
+                slopes = {"fast": slopes[0], "slow": ascent}
                 steps, memory = form.optimizer.update(slopes, memory, point)
                 steps = _as(steps, point)
                 moved = jax.tree.map(jnp.add, state.fast, steps["fast"])

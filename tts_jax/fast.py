@@ -40,10 +40,10 @@ class Solution(NamedTuple):
 
     Attributes:
         fast: the fast variable y*(x).
-        info: what is known about it, numbers by name: `residual`, the largest entry of ∇_y g; by
-            solvers of linear systems also `condition`, the condition number of the system or an
-            upper bound of it, infinite where the minimiser is not unique; by `Argmin` whether it
-            `converged`.
+        info: what is known about it, numbers by name: `residual`, the largest entry of ∇_y g (by
+            `Ridge` of half the gradient of its squares); by solvers of linear systems also
+            `condition`, the condition number of the system or an upper bound of it, infinite where
+            the minimiser is not unique; by `Argmin` whether it `converged`.
     """
 
     fast: PyTree[Array]

@@ -23,10 +23,10 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from tts_jax import _checks
+from tts_jax._precision import as_float
 
 
 class AbstractGeometry(eqx.Module):
@@ -117,8 +117,7 @@ class Torus(AbstractGeometry):
             ValueError: a period that is not positive.
         """
         remedy = "It is the length of a side of the box, for example 4.0."
-        period = _checks.positive("period", period, remedy)
-        self.period = period if _checks.is_traced(period) else np.asarray(period, np.float64)  # pyright: ignore[reportAttributeAccessIssue]
+        self.period = as_float(_checks.positive("period", period, remedy))
 
     def project(self, point: PyTree[Array]) -> PyTree[Array]:
         def wrap(x: Array) -> Array:

@@ -314,7 +314,7 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
     for case, run in data.items():
         good = np.asarray(run.success)
         ends = [np.median(np.asarray(run.loss)[good, -1])] if good.any() else [np.nan]
-        for seen, pick in (("goal_distance", -1), ("diffusion_distance", slice(None))):
+        for seen, pick in (("teacher_distance", -1), ("diffusion_distance", slice(None))):
             values = np.asarray(run.observables[seen])[good][:, pick]
             ends.append(np.median(values.max(axis=1) if values.ndim == 2 else values))
         rows.append(
@@ -375,7 +375,7 @@ def _compared(
     figure, panels = _panels(3, titles)
     for place, case in enumerate(cases):
         run = data[case]
-        seen = run.loss, run.observables["goal_distance"], run.observables["diffusion_distance"]
+        seen = run.loss, run.observables["teacher_distance"], run.observables["diffusion_distance"]
         for ax, values in zip(panels, seen, strict=True):
             _curves(ax, run, values, label(run), place)
     legend(figure, panels[0])
@@ -407,7 +407,7 @@ def draw_penalty(data: Mapping[str, tts.Trajectory]) -> Figure:
         for place, case in enumerate(cases):
             run = data[case]
             label = f"λ = {_number(run, 'penalty'):g}"
-            _curves(ax, run, run.observables["goal_distance"], label, place)
+            _curves(ax, run, run.observables["teacher_distance"], label, place)
     panels[1].sharey(panels[0])
     panels[0].set_ylabel("distance to the teacher")
     legend(figure, panels[0])
@@ -426,7 +426,7 @@ def draw_two_timescale(data: Mapping[str, tts.Trajectory]) -> Figure:
     for ax, pair in zip(panels, pairs, strict=True):
         for place, case in enumerate(pair):
             label = ("variable projection", "two timescales")[place]
-            _curves(ax, data[case], data[case].observables["goal_distance"], label, place)
+            _curves(ax, data[case], data[case].observables["teacher_distance"], label, place)
         ax.sharey(panels[0])
     panels[0].set_ylabel("distance to the teacher")
     legend(figure, panels[0])

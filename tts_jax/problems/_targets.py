@@ -14,13 +14,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _checks
-from tts_jax._precision import double_precision
+from tts_jax._precision import as_float, double_precision
 from tts_jax.problems import _quadrature
-
-
-def as_float(value: Any) -> Any:
-    """A concrete number as a NumPy float64 array (it keeps its digits whatever x64 says)."""
-    return jnp.asarray(value) if _checks.is_traced(value) else np.asarray(value, dtype=np.float64)
 
 
 class Lines(NamedTuple):

@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from tts_jax import _checks
-from tts_jax._precision import double_precision
+from tts_jax._precision import as_float, double_precision
 from tts_jax._random import typed_key
-from tts_jax.problems._targets import as_float
 
 
 def wrap(x: Float[Array, "..."], period: float) -> Float[Array, "..."]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from tts_jax import _checks
-from tts_jax._precision import double_precision
+from tts_jax._precision import as_float, double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
 from tts_jax.problems import (
@@ -34,7 +34,6 @@ from tts_jax.problems._pairs import SMOOTH_STEPS
 from tts_jax.problems._targets import (
     AbstractTarget,
     PiecewiseConstant as PiecewiseConstant,
-    as_float,
     as_target,
 )
 

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from tts_jax import _checks
-from tts_jax._precision import double_precision
+from tts_jax._precision import as_float, double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import step_words, typed_key
 from tts_jax.fast import AbstractFastSolver, Blocks, Ridge, RidgeSystem, Solution
@@ -169,7 +169,8 @@ class VarPro(AbstractProblem):
             interpolation, or best fit, nearest to b.
         prior: b, what the weights are drawn to.
         features: φ, `Relu` or `Radial`.
-        goal: features of the teacher, `[m, d]`, or `None`; `goal_distance` is observed to them.
+        teacher_features: those of the teacher, `[m, d]`, or `None`; `teacher_distance` is the
+            distance to them.
         batch: data per step of `sgd`; `None` takes all of them.
         chunk: data whose features are in memory together. It is bounded by about
             8·(chunk·M + 3M²) bytes per seed: 0.5 GB at M = 4096. ReLU features on the circle need
@@ -182,7 +183,7 @@ class VarPro(AbstractProblem):
     penalty: Float[Array, ""]
     prior: Float[Array, ""]
     features: AbstractFeatures
-    goal: Float[Array, "m d"] | None
+    teacher_features: Float[Array, "m d"] | None
     batch: int | None = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
     _singular: bool = eqx.field(static=True)
@@ -200,7 +201,7 @@ class VarPro(AbstractProblem):
         penalty: Float[ArrayLike, ""] = 1e-3,
         prior: Float[ArrayLike, ""] = 1.0,
         features: AbstractFeatures | None = None,
-        goal: Float[ArrayLike, "m d"] | None = None,
+        teacher_features: Float[ArrayLike, "m d"] | None = None,
         batch: int | None = None,
         chunk: int = 4096,
     ) -> None:
@@ -221,14 +222,18 @@ class VarPro(AbstractProblem):
                 f"Argument `labels` must have one number for each of the {self.inputs.shape[0]} "
                 f"inputs, got shape {np.shape(labels)}."
             )
-        self.labels = _double(labels)
+        self.labels = as_float(labels)
         self.width = _checks.positive_integer("width", width, "The paper uses up to 1024.")
         remedy = "It is the weight λ of the regularisation; the paper uses 1e-4 to 1e-1."
-        self.penalty = _double(_checks.nonnegative("penalty", penalty, remedy, single=True))
+        self.penalty = as_float(_checks.nonnegative("penalty", penalty, remedy, single=True))
         self._singular = not _checks.is_traced(penalty) and float(np.asarray(penalty)) < 1e-14
         _checks.finite("prior", prior, "1 is the unbiased, 0 the biased regularisation.")
-        self.prior = _double(prior)
-        self.goal = None if goal is None else _points("goal", goal, self.features.dimension)
+        self.prior = as_float(prior)
+        self.teacher_features = (
+            None
+            if teacher_features is None
+            else _points("teacher_features", teacher_features, self.features.dimension)
+        )
         self.batch = batch
         if batch is not None:
             count = self.inputs.shape[0]
@@ -273,8 +278,8 @@ class VarPro(AbstractProblem):
         if features is None:
             features = Relu() if isinstance(teacher, CircleTeacher) else Radial()
         key = typed_key(_checks.random_key(key))
-        goal, inputs, labels = _published(teacher, key, samples, teacher_width, features)
-        return cls(inputs, labels, features=features, goal=goal, **options)
+        theirs, inputs, labels = _published(teacher, key, samples, teacher_width, features)
+        return cls(inputs, labels, features=features, teacher_features=theirs, **options)
 
     # --- states -----------------------------------------------------------------------------
 
@@ -438,24 +443,28 @@ class VarPro(AbstractProblem):
 
     @double_precision
     @eqx.filter_jit
-    def goal_distance(self, slow: Float[Array, "M d"]) -> Float[Array, ""]:
+    def teacher_distance(self, slow: Float[Array, "M d"]) -> Float[Array, ""]:
         """The energy distance √(2E|X−Y| − E|X−X′| − E|Y−Y′|) of the features to the teacher's.
 
         Raises:
             TypeError: the problem has no teacher.
         """
-        if self.goal is None:
+        if self.teacher_features is None:
             raise TypeError(
-                "`goal_distance` needs the features of a teacher. Pass them as `goal=`, or build "
-                "the problem by `VarPro.of_teacher`."
+                "`teacher_distance` needs the features of a teacher. Pass `teacher_features=`, or "
+                "build the problem by `VarPro.of_teacher`."
             )
-        return self.features.distance(slow, jnp.asarray(self.goal))
+        return self.features.distance(slow, jnp.asarray(self.teacher_features))
 
     def observables(
         self, fast: Float[Array, " M"], slow: Float[Array, "M d"]
     ) -> dict[str, Float[Array, ""]]:
         seen = {"misfit": self.misfit(fast, slow)}
-        return seen if self.goal is None else seen | {"goal_distance": self.goal_distance(slow)}
+        return (
+            seen
+            if self.teacher_features is None
+            else seen | {"teacher_distance": self.teacher_distance(slow)}
+        )
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -514,12 +523,12 @@ def _published(
 ) -> tuple[Array, Array, Array]:
     """Features of the teacher, inputs and labels."""
     places, points = jax.random.split(key)
-    goal = jnp.asarray(teacher.sample(places, width))
-    if goal.ndim == 1:  # angles
-        goal = jnp.stack([jnp.cos(goal), jnp.sin(goal)], axis=1)
+    theirs = jnp.asarray(teacher.sample(places, width))
+    if theirs.ndim == 1:  # angles
+        theirs = jnp.stack([jnp.cos(theirs), jnp.sin(theirs)], axis=1)
     inputs = jax.random.normal(points, (samples, features.dimension))
-    labels = Blocks(_Rows(features, goal, 1.0 / width), inputs).apply(jnp.ones(width))
-    return goal, inputs, labels
+    labels = Blocks(_Rows(features, theirs, 1.0 / width), inputs).apply(jnp.ones(width))
+    return theirs, inputs, labels
 
 
 def _points(name: str, value: Any, dimension: int) -> Float[Array, "n d"]:
@@ -530,11 +539,4 @@ def _points(name: str, value: Any, dimension: int) -> Float[Array, "n d"]:
             f"Argument `{name}` must have shape [n, {dimension}] with at least one row, as the "
             f"features have it, got shape {np.shape(value)}."
         )
-    return _double(value)
-
-
-def _double(value: Any) -> Any:
-    """In float64, by NumPy where it is concrete."""
-    if _checks.is_traced(value):
-        return jnp.asarray(value, jnp.result_type(float))
-    return np.asarray(value, np.float64)
+    return as_float(value)
