@@ -13,8 +13,8 @@ from moments under it, with no derivative of R or of the sampler (the score func
     ∇F = Cov_π(R, ∇_θ V) + β (E_ref ∇_θ V − E_π ∇_θ V).
 
 The fast loss is Σ_i V(x_i, θ) and the temperature 1, so that a fast step of size γ is the published
-x ← x − γ ∇V + √(2γ) z, and ε = η/γ. `regime.Inner(1)`, which moves the particles first and takes the
-gradient at the new ones, is the published single loop, `Inner(k)` the nested loop.
+x ← x − γ ∇V + √(2γ) z, and ε = η/γ. `regime.Inner(1)`, which moves the particles first and takes
+the gradient at the new ones, is the published single loop, `Inner(k)` the nested loop.
 
 Arrays of particles have the axis of the particles last, `[2, n]`, over which the loops then run.
 """
@@ -148,7 +148,7 @@ class ImplicitDiffusion(AbstractProblem):
     def init(self, *, key: PRNGKeyArray) -> State:
         """Standard normal particles and the published logits (1.5, 0, 1.5, 0, 1.5, 0)."""
         fast = jax.random.normal(key, (2, self.particles))
-        return State(fast, jnp.asarray(START, fast.dtype))
+        return State(fast, _like(START, fast))
 
     @property
     def temperature(self) -> State:
@@ -168,7 +168,7 @@ class ImplicitDiffusion(AbstractProblem):
         index = jnp.arange(self.particles)
         # inverse powers of the plastic number spread points evenly over the square
         steps = np.array([[0.7548776662466927], [0.5698402909980532]])
-        places = (0.5 + (index + 1.0) * jnp.asarray(steps, slow.dtype)) % 1.0
+        places = (0.5 + (index + 1.0) * _like(steps, slow)) % 1.0
         normal = jax.scipy.special.ndtri(jnp.clip(places, 1e-6, 1.0 - 1e-6))
         return self.equilibrium(slow, (index + 0.5) / self.particles, normal)
 
@@ -181,13 +181,13 @@ class ImplicitDiffusion(AbstractProblem):
         """Points of π(θ), made of uniform and normal random numbers."""
         below = jnp.cumsum(jax.nn.softmax(slow))[:-1]
         mode = jnp.sum(uniform >= below[:, None], axis=0)
-        return jnp.asarray(CENTERS, normal.dtype)[:, mode] + normal
+        return _like(CENTERS, normal)[:, mode] + normal
 
     # --- potential, reward, penalty -----------------------------------------------------------
 
     def potential(self, x: Float[Array, "2 n"], slow: Float[Array, " 6"]) -> Float[Array, " n"]:
         """V(x_i, θ)."""
-        square = jnp.sum((x[:, None, :] - jnp.asarray(CENTERS, x.dtype)[:, :, None]) ** 2, axis=0)
+        square = jnp.sum((x[:, None, :] - _like(CENTERS, x)[:, :, None]) ** 2, axis=0)
         return -jax.nn.logsumexp(jax.nn.log_softmax(slow)[:, None] - square / 2.0, axis=0)
 
     def posterior(self, x: Float[Array, "2 n"], slow: Float[Array, " 6"]) -> Float[Array, "6 n"]:
@@ -196,7 +196,7 @@ class ImplicitDiffusion(AbstractProblem):
         It has both gradients: ∇_x V = x − Σ_i p_i(x) c_i and ∇_θ V = softmax(θ) − p(x).
         """
         # the centres have one length, which drops out as |x|² does
-        return jax.nn.softmax(slow[:, None] + jnp.asarray(CENTERS.T, x.dtype) @ x, axis=0)
+        return jax.nn.softmax(slow[:, None] + _like(CENTERS.T, x) @ x, axis=0)
 
     def rewards(self, x: Float[Array, "2 n"]) -> Float[Array, " n"]:
         """R(x_i)."""
@@ -209,7 +209,7 @@ class ImplicitDiffusion(AbstractProblem):
 
     def expected_reward(self, slow: Float[Array, " 6"]) -> Float[Array, ""]:
         """E_π(θ) R = Σ_i softmax(θ)_i r_i with the rewards r_i of the modes, to rounding."""
-        return jax.nn.softmax(slow) @ jnp.asarray(mode_rewards(self.reward), slow.dtype)
+        return jax.nn.softmax(slow) @ _like(mode_rewards(self.reward), slow)
 
     def divergence(self, slow: Float[Array, " 6"]) -> Float[Array, ""]:
         """KL(p_ref | π(θ)), by the trapezoidal rule."""
@@ -240,7 +240,7 @@ class ImplicitDiffusion(AbstractProblem):
 
     def fast_field(self, fast: Float[Array, "2 n"], slow: Float[Array, " 6"]) -> Array:
         """−∇_x V at every particle: the drift of the Langevin dynamics."""
-        return jnp.asarray(CENTERS, fast.dtype) @ self.posterior(fast, slow) - fast
+        return _like(CENTERS, fast) @ self.posterior(fast, slow) - fast
 
     def slow_field(self, fast: Float[Array, "2 n"], slow: Float[Array, " 6"]) -> Array:
         """Minus the score-function gradient, with moments over the particles for E_π."""
@@ -258,7 +258,7 @@ class ImplicitDiffusion(AbstractProblem):
         return ImplicitSample(
             jax.random.uniform(one, (self.particles,)),
             jax.random.normal(two, (2, self.particles)),
-            jnp.asarray(CENTERS, spread.dtype)[:, mode] + spread,
+            _like(CENTERS, spread)[:, mode] + spread,
         )
 
     def sample_loss(
@@ -286,7 +286,7 @@ class ImplicitDiffusion(AbstractProblem):
         """∇_x V at every particle, and the score-function gradient in θ."""
         del gradient
         posterior = self.posterior(fast, slow)
-        drift = fast - jnp.asarray(CENTERS, fast.dtype) @ posterior
+        drift = fast - _like(CENTERS, fast) @ posterior
         return State(drift, self._slope(posterior, fast, slow, sample.reference))
 
     def _slope(
@@ -311,13 +311,13 @@ class ImplicitDiffusion(AbstractProblem):
         if reference is not None and self.reference_batch:
             return jnp.mean(self.posterior(reference, slow), axis=1)
         weights, mixture = self._on_grid(slow)
-        first, second = jnp.asarray(_reference(self.reference_std).factors, slow.dtype)
+        first, second = _like(_reference(self.reference_std).factors, slow)
         return jax.nn.softmax(slow) * jnp.sum(first @ (weights / mixture) * second, axis=1)
 
     def _on_grid(self, slow: Float[Array, " 6"]) -> tuple[Float[Array, "k k"], Float[Array, "k k"]]:
         """The weights of an integral over p_ref, and Σ_i softmax(θ)_i exp(x·c_i)."""
         grid = _reference(self.reference_std)
-        weights, factors = (jnp.asarray(part, slow.dtype) for part in grid[:2])
+        weights, factors = (_like(part, slow) for part in grid[:2])
         mixture = (jax.nn.softmax(slow)[:, None] * factors[0]).T @ factors[1]
         return weights, jnp.where(weights > 0.0, mixture, 1.0)
 
@@ -443,8 +443,8 @@ def _reference(std: float) -> _Grid:
 def _spectral_gap(slow: Float[Array, " 6"]) -> Float[Array, ""]:
     """What `relaxation_rate` answers; one state after the other, for the sake of memory."""
     side = np.arange(-10.0, 10.0 + _SPACING / 2, _SPACING)
-    x = jnp.asarray(np.stack(np.meshgrid(side, side)).reshape(2, -1), slow.dtype)
-    centers = jnp.asarray(CENTERS, slow.dtype)
+    x = _like(np.stack(np.meshgrid(side, side)).reshape(2, -1), slow)
+    centers = _like(CENTERS, slow)
     logits = slow[:, None] + centers.T @ x
     square = jnp.sum(x**2, axis=0) / 2.0
     density = jnp.exp(jax.nn.logsumexp(logits, axis=0) - square)
@@ -467,6 +467,11 @@ def _spectral_gap(slow: Float[Array, " 6"]) -> Float[Array, ""]:
     vectors = vectors * jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
     energy = vectors.T @ energy @ vectors + jnp.diag(jnp.where(kept, 0.0, 1e3))
     return jnp.linalg.eigvalsh(energy)[0]
+
+
+def _like(constant: Any, array: Any) -> Array:
+    """A constant in the precision in which JAX takes the array."""
+    return jnp.asarray(constant, jnp.result_type(array))
 
 
 def _integer(name: str, value: Any, least: int, remedy: str) -> None:
