@@ -12,14 +12,14 @@ from pathlib import Path
 from PIL import Image
 
 from tts_jax import cli, plot
-from tts_jax.experiments import additive, animation, marion_berthier, varpro
+from tts_jax.experiments import additive, animation, implicit_diffusion, marion_berthier, varpro
 
 
 HERE = Path(__file__).parent
 ELSEWHERE = {"figure4"}
 DPI = 110.0
 COLORS = 96
-HOMES = (marion_berthier, additive, varpro)
+HOMES = (marion_berthier, additive, varpro, implicit_diffusion)
 
 
 def main() -> int:

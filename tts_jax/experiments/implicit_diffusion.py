@@ -337,11 +337,11 @@ def _curves(
 
 _BUDGET = {
     "single": "single loop",
-    "nested": "10 inner steps, same η",
-    "nested_10": "10, η · 10",
-    "nested_100": "100, η · 100",
-    "restart_10": "10 restarted, η · 10",
-    "restart_100": "100 restarted, η · 100",
+    "nested": "10 inner steps, η",
+    "nested_10": "10 inner steps, 10 η",
+    "nested_100": "100 inner steps, 100 η",
+    "restart_10": "10 from anew, 10 η",
+    "restart_100": "100 from anew, 100 η",
 }
 
 

@@ -165,12 +165,14 @@ class ImplicitDiffusion(AbstractProblem):
         up to one, and their normals come from a Kronecker sequence. The points play no
         part in the reduced flow.
         """
+        dtype = jnp.result_type(slow)
         index = jnp.arange(self.particles)
-        # inverse powers of the plastic number spread points evenly over the square
-        steps = np.array([[0.7548776662466927], [0.5698402909980532]])
-        places = (0.5 + (index + 1.0) * _like(steps, slow)) % 1.0
+        # inverse powers of the plastic number, times 2³²: multiples spread evenly over the square
+        steps = np.array([[0xC13FA9A9], [0x91E10DA6]], np.uint32)
+        words = steps * (index + 1).astype(jnp.uint32)
+        places = words.astype(dtype) * 2.0**-32
         normal = jax.scipy.special.ndtri(jnp.clip(places, 1e-6, 1.0 - 1e-6))
-        return self.equilibrium(slow, (index + 0.5) / self.particles, normal)
+        return self.equilibrium(slow, (index.astype(dtype) + 0.5) / self.particles, normal)
 
     def equilibrium(
         self,
@@ -463,7 +465,7 @@ def _spectral_gap(slow: Float[Array, " 6"]) -> Float[Array, ""]:
     energy = jnp.sum((slope * density) @ jnp.swapaxes(slope, 1, 2), axis=0)
     # combinations of next to no variance are constants up to rounding
     eigenvalues, vectors = jnp.linalg.eigh(variance)
-    kept = eigenvalues > 1e-8
+    kept = eigenvalues > jnp.sqrt(jnp.finfo(eigenvalues.dtype).eps)
     vectors = vectors * jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
     energy = vectors.T @ energy @ vectors + jnp.diag(jnp.where(kept, 0.0, 1e3))
     return jnp.linalg.eigvalsh(energy)[0]
