@@ -138,7 +138,7 @@ def ours(path: Path, particles: int, steps: int, check: int) -> dict[str, Any]:
             regime=tts.regime.Inner(1),
             step_size=GAMMA,
             epsilon=ETA / GAMMA,
-            tau=[0.0, count * ETA],
+            tau=np.array([0.0, count * ETA]),
             dtype=dtype,
             throw=True,
         )

@@ -12,6 +12,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 import tts_jax as tts
+from benchmarks import implicit_diffusion as benchmark
 from tts_jax import fast, regime
 
 
@@ -411,3 +412,24 @@ def test_steps_too_long_for_the_sampler_are_a_status():
     assert lost.status.tolist() == 2 * [int(tts.Status.DIVERGED)]
     assert np.all(np.isfinite(lost.fast[:, 0]))
     assert np.all(np.isnan(lost.fast[:, 1]))
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_equal_runs(monkeypatch, capsys):
+    """Both processes at a tiny size; and what is not equal is no comparison."""
+    small = ["--particles", "10", "--steps", "5", "--check", "7"]
+    assert benchmark.main(small) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == [
+        "published",
+        "published,",
+        "ours",
+    ]
+    answer = {"fast": [[0.0]], "slow": [0.0], "times": {}}
+    other = answer | {"slow": [2e-8]}
+    monkeypatch.setattr(benchmark, "apart", lambda way, *_: answer if way == "ours" else other)
+    assert benchmark.main(small) == 1
+    assert "not equal" in capsys.readouterr().err
