@@ -71,6 +71,20 @@ SYSTEMS: dict[str, System] = {
         "1024 features, 4096 data and 32,000 epochs",
         "4, at scale paper 2",
     ),
+    "implicit_diffusion": System(
+        "Marion, Korba, Bartlett et al. (2025, arXiv 2402.05468)",
+        ("implicit_diffusion",),
+        {
+            "implicit_diffusion_budget": "single and nested loops at one budget of sampling",
+            "implicit_diffusion_weights": "weights of the modes beside the reduced flow",
+            "implicit_diffusion_particles": "particles and density",
+            "implicit_diffusion_ratio": "where the single loop leaves the reduced flow",
+            "implicit_diffusion_penalty": "the divergence with both signs of the penalty",
+        },
+        "the published settings",
+        "the same with more seeds and records",
+        "2, at scale paper 8",
+    ),
 }
 
 
