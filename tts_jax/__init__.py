@@ -17,6 +17,10 @@ from tts_jax._trajectory import (
     load as load,
 )
 from tts_jax._version import __version__ as __version__
+from tts_jax.problems._curvature import (
+    Curvature as Curvature,
+    smallest_curvature as smallest_curvature,
+)
 from tts_jax.problems._energy_distance import (
     circle_energy_distance as circle_energy_distance,
     energy_distance as energy_distance,
@@ -29,5 +33,6 @@ from tts_jax.problems._targets import (
 from tts_jax.problems._teachers import CircleTeacher as CircleTeacher, TorusTeacher as TorusTeacher
 from tts_jax.problems._ultrafast import UltraFastDiffusion as UltraFastDiffusion
 from tts_jax.problems.additive import Additive as Additive
+from tts_jax.problems.kim_suzuki import InContext as InContext
 from tts_jax.problems.univariate import Univariate as Univariate
 from tts_jax.problems.varpro import Radial as Radial, Relu as Relu, VarPro as VarPro
