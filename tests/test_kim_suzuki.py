@@ -93,7 +93,7 @@ def test_the_loss_falls_and_fast_attention_follows(trained):
     reduced, joint = trained
     loss = reduced.loss[0]
     assert loss[-1] < 5e-3 * loss[0]
-    assert np.all(np.diff(loss) < 1e-12)
+    assert np.all(np.diff(loss)[20:] < 0)
     assert np.all(reduced.stats["residual"] < 1e-13)
     gaps = [np.max(np.abs(one.loss[0] - loss)[20:]) for one in joint]
     assert gaps[1] < 0.3 * gaps[0]
@@ -165,9 +165,11 @@ def test_steps_are_those_of_the_plain_algorithm():
         np.testing.assert_allclose(done.slow[name][0, 0], slow[name], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_flow_tends_to_the_limit_at_the_order_of_epsilon():
     problem = small(samples=30, particles=4, dimension=2, features=1)
     slow = start_of(problem).slow
+    slow = slow | {"a": 4.0 * slow["a"]}  # the larger the features, the faster is W
     state = tts.State(problem.critical(slow), slow)
     options = {"tau": [0.5, 1.0], "solver": "tsit5", "rtol": 1e-9, "atol": 1e-9}
     limit = tts.limit(problem, state, **options)
@@ -222,22 +224,24 @@ def test_the_loss_is_the_mean_over_all_prompts():
 
 def test_attention_for_finite_prompts():
     slow = start_of(small()).slow
-    losses = []
-    for length in (3, 100, 1000):
-        problem = small(prompt_length=length)
-        found = problem.critical_solution(slow)
-        assert found.info["residual"] < 1e-14
-        slope = jax.grad(problem.loss)(found.fast, slow)
-        np.testing.assert_allclose(slope, 0.0, atol=1e-13)
-        other = fast.Quadratic().solve(problem, slow).fast
-        np.testing.assert_allclose(found.fast, other, rtol=1e-5)
-        losses.append(float(problem.reduced_loss(slow)))
-        velocity = problem.reduced_field(slow)
-        total = jax.grad(problem.reduced_loss)(slow)
-        np.testing.assert_allclose(velocity["w"], -12 * total["w"], rtol=0, atol=1e-10)
-    gaps = np.array(losses) - float(small().reduced_loss(slow))
-    assert np.all(gaps > 0)
-    assert 9 < gaps[1] / gaps[2] < 11
+    problem = small(prompt_length=3)
+    found = problem.critical_solution(slow)
+    assert found.info["residual"] < 1e-14
+    slope = jax.grad(problem.loss)(found.fast, slow)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-13)
+    other = fast.Quadratic().solve(problem, slow).fast
+    np.testing.assert_allclose(found.fast, other, rtol=1e-5)
+    velocity = problem.reduced_field(slow)
+    total = jax.grad(problem.reduced_loss)(slow)
+    np.testing.assert_allclose(velocity["w"], -12 * total["w"], rtol=0, atol=1e-10)
+
+    def left(length):
+        one = small(prompt_length=length)
+        return float(one.loss(one.critical_solution(slow).fast, slow))
+
+    gaps = [left(length) - left(None) for length in (100, 1000)]
+    assert gaps[1] > 0
+    assert 9 < gaps[0] / gaps[1] < 11
 
 
 def test_samples_are_prompts_of_the_inputs():
@@ -257,17 +261,13 @@ def test_samples_are_prompts_of_the_inputs():
     assert error < 0.05 * np.mean(means)
 
 
+@pytest.mark.slow
 def test_training_on_prompts():
     problem = small(samples=300, particles=40, prompt_length=50, prompts=50)
-    done = tts.sgd(problem, key=KEY, regime="limit", step_size=0.05, tau=[0.0, 10.0], seeds=2)
+    options = {"state": start_of(problem), "step_size": 0.05, "tau": [0.0, 10.0], "seeds": 2}
+    done = tts.sgd(problem, key=KEY, regime="limit", **options)
     assert np.all(done.loss[:, 1] < 0.75 * done.loss[:, 0])
-    assert np.any(done.slow["w"][0] != done.slow["w"][1])
-    ends = [
-        small(samples=300, particles=40, prompt_length=50).reduced_loss(
-            {name: value[0, 1] for name, value in done.slow.items()}
-        )
-    ]
-    np.testing.assert_allclose(ends[0], done.loss[0, 1], rtol=1e-12)
+    assert np.any(done.slow["w"][0, 1] != done.slow["w"][1, 1])
 
 
 # --- what is singular -----------------------------------------------------------------------------
@@ -315,32 +315,52 @@ class Bowl(tts.AbstractProblem):
     matrix: jax.Array
 
     def init(self, *, key):
-        return tts.State(jnp.zeros(()), jax.random.normal(key, (5,)))
+        return tts.State(jnp.zeros(()), jax.random.normal(key, (12,)))
 
     def loss(self, fast, slow):
         return (fast - slow[0]) ** 2 / 2 + slow @ self.matrix @ slow / 2
 
 
 def test_the_smallest_curvature_is_that_of_the_dense_hessian():
-    problem = small()
-    slow = jax.vmap(lambda key: problem.init(key=key).slow)(jax.random.split(KEY, 2))
-    found = tts.smallest_curvature(problem, slow, key=KEY, steps=60)
-    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[1], slow))
-    hessian = jax.hessian(lambda flat: problem.reduced_loss(unravel(flat)))(flat)
-    values, vectors = np.linalg.eigh(12 * hessian)
-    np.testing.assert_allclose(found.value[1], values[0], rtol=1e-8)
-    assert found.residual[1] < 1e-6 * abs(values[0])
-    own = np.concatenate([np.ravel(found.vector[name][1]) for name in "aw"])
-    np.testing.assert_allclose(abs(own @ vectors[:, 0]), 1.0, rtol=1e-8)
-    # a residual that is not small says that some eigenvalue is that near
-    rough = tts.smallest_curvature(problem, slow, key=KEY, steps=6)
-    assert rough.value[1] >= values[0]
-    assert np.min(np.abs(values - rough.value[1])) <= rough.residual[1]
-    # one state, and more steps than dimensions
-    bowl = Bowl(np.diag([3.0, -2.0, -0.5, 1.0, 1.0]))
-    one = tts.smallest_curvature(bowl, np.ones(5), key=KEY)
-    np.testing.assert_allclose([one.value, one.residual], [-2.0, 0.0], atol=1e-12)
-    np.testing.assert_allclose(np.abs(one.vector), [0, 1, 0, 0, 0], atol=1e-12)
+    """By differences of the velocity in NumPy."""
+    problem = small(samples=100, particles=24)
+    slow = start_of(problem).slow
+    found = tts.smallest_curvature(problem, slow, key=KEY)
+    flat, unravel = ravel_pytree(slow)
+    rows = np.eye(flat.size) * 1e-4
+
+    def velocity(at):
+        return np.asarray(ravel_pytree(plain_velocity(problem, unravel(jnp.asarray(at))))[0])
+
+    near, far = (
+        np.stack([velocity(flat + s * row) - velocity(flat - s * row) for row in rows]) / (2e-4 * s)
+        for s in (1, 2)
+    )
+    hessian = (far - 4 * near) / 3
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    np.testing.assert_allclose(found.value, values[0], rtol=1e-6)
+    assert found.residual < 1e-6 * abs(values[0])
+    own = np.concatenate([np.ravel(found.vector[name]) for name in "aw"])
+    np.testing.assert_allclose(abs(own @ vectors[:, 0]), 1.0, rtol=1e-6)
+
+
+def test_the_residual_of_the_curvature_bounds_its_error():
+    values = np.linspace(-2.0, 3.0, 12)
+    values[2] = 0.0
+    bowl = Bowl(np.diag(values))
+    found = tts.smallest_curvature(bowl, np.ones((2, 12)), key=KEY)  # more steps than dimensions
+    np.testing.assert_allclose(found.value, -2.0, rtol=1e-12)
+    np.testing.assert_allclose(found.residual, 0.0, atol=1e-12)
+    np.testing.assert_allclose(np.abs(found.vector), np.tile(np.eye(12)[0], (2, 1)), atol=1e-10)
+    rough = tts.smallest_curvature(bowl, np.ones(12), key=KEY, steps=4)
+    assert rough.value > -2.0 + 1e-6
+    assert np.min(np.abs(values - rough.value)) <= rough.residual < 2.0
+    np.testing.assert_allclose(
+        np.linalg.norm(values * rough.vector - rough.value * rough.vector), rough.residual
+    )
+    with jax.enable_x64(True):
+        traced = jax.jit(lambda x: tts.smallest_curvature(bowl, x, key=KEY, steps=4).value)
+        np.testing.assert_allclose(traced(jnp.ones(12)), rough.value, rtol=1e-10)
 
 
 @pytest.mark.parametrize("missing", [1, 2])
@@ -401,7 +421,22 @@ def test_weights_follow_the_first_variation():
     np.testing.assert_allclose(loses, -spent, rtol=1e-9)
 
 
-def test_mass_is_kept_and_equal_weights_are_particles():
+def test_equal_weights_are_particles_and_the_dead_stay():
+    problem, slow, _ = weighted(samples=30, particles=6, dimension=2)
+    start = start_of(problem)
+    equal = small(samples=30, particles=6, dimension=2)
+    bare = {name: start.slow[name] for name in "aw"}
+    mine, theirs = problem.reduced_field(start.slow), equal.reduced_field(bare)
+    for name in "aw":
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-9)
+    dead = slow | {"log_weight": slow["log_weight"].at[0].set(-1e4)}
+    velocity = problem.reduced_field(dead)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(velocity))
+    np.testing.assert_array_equal(velocity["w"][0], 0.0)
+
+
+@pytest.mark.slow
+def test_mass_is_kept():
     problem, slow, _ = weighted(samples=30, particles=6, dimension=2)
     state = tts.State(np.eye(3), slow)
     done = tts.sgd(problem, key=KEY, state=state, regime="limit", step_size=0.01, tau=[0.5])
@@ -411,21 +446,6 @@ def test_mass_is_kept_and_equal_weights_are_particles():
         np.testing.assert_allclose(np.sum(weights), 1.0, atol=near)
         number = np.ravel(run.observables["effective_particles"])[-1]
         np.testing.assert_allclose(number, np.sum(weights) ** 2 / np.sum(weights**2), rtol=1e-9)
-    start = start_of(problem)
-    equal = small(samples=30, particles=6, dimension=2)
-    bare = {name: start.slow[name] for name in "aw"}
-    mine, theirs = problem.reduced_field(start.slow), equal.reduced_field(bare)
-    for name in "aw":
-        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-9)
-    # a particle that has died stays where it is
-    dead = slow | {"log_weight": slow["log_weight"].at[0].set(-1e4)}
-    assert np.all(
-        np.isfinite(
-            np.concatenate(
-                [np.ravel(leaf) for leaf in jax.tree.leaves(problem.reduced_field(dead))]
-            )
-        )
-    )
 
 
 def test_births_and_deaths_speed_up_the_descent():
