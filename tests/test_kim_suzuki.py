@@ -273,7 +273,7 @@ def test_training_on_prompts():
 # --- what is singular -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [None, 10])
+@pytest.mark.parametrize("length", [None, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_singular_gram_is_told(length):
     """Two equal features: W is finite and best, the velocity finite, the condition infinite."""
     problem = small(prompt_length=length)
@@ -448,6 +448,7 @@ def test_mass_is_kept():
         np.testing.assert_allclose(number, np.sum(weights) ** 2 / np.sum(weights**2), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_births_and_deaths_speed_up_the_descent():
     ends = []
     for rate in (None, 0.1):
@@ -462,8 +463,6 @@ def test_births_and_deaths_speed_up_the_descent():
         )
         ends.append(done.loss[0, 1])
     assert ends[1] < ends[0]
-    with pytest.raises(ValueError, match=r"must have the geometry `Euclidean\(\)` or"):
-        tts.smallest_curvature(problem, start_of(problem).slow, key=KEY)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -517,5 +516,8 @@ def test_bad_teachers_states_and_saddles_are_refused():
         tts.smallest_curvature(problem, state.slow | {"a": np.ones((12, 2))}, key=KEY)
     with pytest.raises(ValueError, match="Argument `slow` must have the structure"):
         tts.smallest_curvature(problem, state.slow["a"], key=KEY)
+    weighted = small(birth_death=1.0)
+    with pytest.raises(ValueError, match=r"must have the geometry `Euclidean\(\)` or"):
+        tts.smallest_curvature(weighted, start_of(weighted).slow, key=KEY)
     assert isinstance(problem.geometry, geometry.Particles)
-    assert isinstance(small(birth_death=1.0).geometry, WeightedParticles)
+    assert isinstance(weighted.geometry, WeightedParticles)

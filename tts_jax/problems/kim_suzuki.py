@@ -326,10 +326,11 @@ class InContext(AbstractProblem):
         self, slow: dict[str, Array], inputs: Float[ArrayLike, "... d"]
     ) -> Float[Array, "... k"]:
         """h at inputs."""
-        heights = jax.nn.sigmoid(jnp.asarray(inputs, slow["w"].dtype) @ slow["w"].T)
+        a, w = jnp.asarray(slow["a"]), jnp.asarray(slow["w"])
+        heights = jax.nn.sigmoid(jnp.asarray(inputs, w.dtype) @ w.T)
         if self.birth_death is None:
-            return heights @ slow["a"] / self.particles
-        return heights @ (jax.nn.softmax(slow["log_weight"])[:, None] * slow["a"])
+            return heights @ a / self.particles
+        return heights @ (jax.nn.softmax(slow["log_weight"])[:, None] * a)
 
     def predict(
         self,
@@ -340,13 +341,13 @@ class InContext(AbstractProblem):
         queries: Float[ArrayLike, "... d"],
     ) -> Float[Array, "..."]:
         """ŷ at queries, of a prompt of inputs and labels of any length."""
-        labels = jnp.asarray(labels, fast.dtype)
-        mean = labels @ self.features(slow, inputs) / labels.shape[0]
-        return self.features(slow, queries) @ fast.T @ mean
+        h = self.features(slow, inputs)
+        mean = jnp.asarray(labels, h.dtype) @ h / len(h)
+        return self.features(slow, queries) @ jnp.asarray(fast, h.dtype).T @ mean
 
     def moments(self, slow: dict[str, Array]) -> Moments:
         """S, S₀ and M."""
-        h, f = self.features(slow, self.inputs), self._targets
+        h, f = self._on_inputs(slow)
         gram, cross = h.T @ h / len(h), f.T @ h / len(h)
         system = cross.T @ cross
         if self.prompt_length is not None:
@@ -356,7 +357,7 @@ class InContext(AbstractProblem):
 
     def loss(self, fast: Float[Array, "k k"], slow: dict[str, Array]) -> Float[Array, ""]:
         """L(W, h)."""
-        h, f = self.features(slow, self.inputs), self._targets
+        h, f = self._on_inputs(slow)
         cross = f.T @ h / len(h)
         answer = h @ (cross @ fast).T
         square = jnp.mean(jnp.sum((f - answer) ** 2, axis=1))
@@ -383,7 +384,7 @@ class InContext(AbstractProblem):
         """Half the mean square of ŷ − y over prompts."""
         if not isinstance(sample, Prompts):
             return self.loss(fast, slow)
-        h, f = self.features(slow, self.inputs), self._targets
+        h, f = self._on_inputs(slow)
         tasks = sample.tasks.astype(h.dtype)
         labels = jnp.einsum("bk,bnk->bn", tasks, f[sample.context])
         mean = jnp.einsum("bn,bnk->bk", labels, h[sample.context]) / sample.context.shape[1]
@@ -417,9 +418,10 @@ class InContext(AbstractProblem):
             "data": np.asarray(self.inputs.shape[0]),
         }
 
-    @property
-    def _targets(self) -> Float[Array, "m k"]:
-        return jnp.asarray(self.targets, jnp.result_type(float))
+    def _on_inputs(self, slow: dict[str, Array]) -> tuple[Array, Array]:
+        """h and f⁰ at the inputs."""
+        h = self.features(slow, self.inputs)
+        return h, jnp.asarray(self.targets, h.dtype)
 
 
 # --- arguments ------------------------------------------------------------------------------
