@@ -1,6 +1,10 @@
 """Fast, exact simulation of two-timescale (fast–slow) learning dynamics in JAX."""
 
 from tts_jax import fast as fast, geometry as geometry, regime as regime, theory as theory
+from tts_jax._curvature import (
+    Curvature as Curvature,
+    smallest_curvature as smallest_curvature,
+)
 from tts_jax._flow import flow as flow
 from tts_jax._hitting import hitting_times as hitting_times
 from tts_jax._limit import limit as limit
@@ -30,5 +34,6 @@ from tts_jax.problems._teachers import CircleTeacher as CircleTeacher, TorusTeac
 from tts_jax.problems._ultrafast import UltraFastDiffusion as UltraFastDiffusion
 from tts_jax.problems.additive import Additive as Additive
 from tts_jax.problems.implicit_diffusion import ImplicitDiffusion as ImplicitDiffusion
+from tts_jax.problems.kim_suzuki import InContext as InContext
 from tts_jax.problems.univariate import Univariate as Univariate
 from tts_jax.problems.varpro import Radial as Radial, Relu as Relu, VarPro as VarPro

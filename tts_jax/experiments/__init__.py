@@ -71,6 +71,19 @@ SYSTEMS: dict[str, System] = {
         "1024 features, 4096 data and 32,000 epochs",
         "4, at scale paper 2",
     ),
+    "kim_suzuki": System(
+        "Kim & Suzuki (2024, arXiv 2402.01258)",
+        ("kim_suzuki",),
+        {
+            "kim_suzuki_joint": "attention trained with the features against attention eliminated",
+            "kim_suzuki_saddle": "leaving a saddle, and the smallest curvature",
+            "kim_suzuki_prompts": "prompts of finite length",
+            "kim_suzuki_birth_death": "births and deaths, our variant",
+        },
+        "100 particles and 3 features in 10 dimensions",
+        "500 particles and 5 features in 20 dimensions",
+        "1",
+    ),
     "implicit_diffusion": System(
         "Marion, Korba, Bartlett et al. (2025, arXiv 2402.05468)",
         ("implicit_diffusion",),
