@@ -207,6 +207,21 @@ class MeanFieldKernel(AbstractProblem):
         slow = drawn.astype(jnp.result_type(float)) / jnp.sqrt(self.inner_decay)
         return State(self.critical(slow), slow)
 
+    def state(self, *, slow: Float[ArrayLike, "N axis"]) -> State:
+        """The state of given features `[N, d + 1]` with their outer weights.
+
+        Raises:
+            ValueError: the wrong shape, or numbers that are not finite.
+        """
+        slow = _finite("slow", slow)
+        shape = (self.width, self.inputs.shape[1] + 1)
+        if slow.shape != shape:
+            raise ValueError(
+                f"Argument `slow` must have shape {shape}, one row (u, b) for each feature, got "
+                f"{slow.shape}."
+            )
+        return State(self.critical(jnp.asarray(slow)), slow)
+
     @property
     def geometry(self) -> Particles:
         return Particles()
