@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 STEP = 0.2
 
 
-def of_target(width=8, samples=12, dimension=3, noise=1.0, **options):
+def of_target(width=20, samples=12, dimension=3, noise=1.0, **options):
     options = {"key": KEY, "tests": 20, "outer_decay": 2.0, "entropy": 0.02} | options
     return tts.MeanFieldKernel.of_target(
         width=width, samples=samples, dimension=dimension, noise=noise, **options
@@ -43,9 +43,9 @@ def plain(problem, slow, noise=0.0):
 
 # more features than data, and fewer; one task and two
 SHAPES = {
-    "samples": {"width": 20, "samples": 12},
-    "features": {"width": 8, "samples": 12},
-    "tasks": {"width": 20, "samples": 12, "target": two_tasks},
+    "samples": {},
+    "features": {"width": 8},
+    "tasks": {"target": two_tasks},
 }
 
 
@@ -58,10 +58,10 @@ def small(request):
 def test_first_variation_is_the_gradient_of_a_particle(small):
     """The velocity, N times the total derivative of the reduced loss, and −∇δG/δμ, at 1e-10."""
     problem, slow = small
-    velocity = problem.reduced_field(slow)
-    total = jax.grad(problem.reduced_loss)(slow)
+    velocity = jax.jit(problem.reduced_field)(slow)
+    total = jax.jit(jax.grad(problem.reduced_loss))(slow)
     np.testing.assert_allclose(velocity, -problem.width * total, rtol=0, atol=1e-10)
-    slopes = jax.grad(lambda points: jnp.sum(problem.first_variation(slow, points)))(slow)
+    slopes = jax.jit(jax.grad(lambda points: jnp.sum(problem.first_variation(slow, points))))(slow)
     np.testing.assert_allclose(velocity, -slopes, rtol=0, atol=1e-10)
     assert np.max(np.abs(velocity)) > 1e-3
 
@@ -103,7 +103,7 @@ def test_the_reduced_loss_is_convex_in_the_measure():
 
 def test_label_noise_adds_the_degrees_of_freedom():
     """E G_ε = G + σ̃² d/6n within 3 s.e.; not with the factor λλ_a that the text has."""
-    problem = of_target(width=20, label_noise=1.5)
+    problem = of_target(label_noise=1.5)
     slow, draws = start(problem), 40_000
 
     @jax.jit
@@ -130,8 +130,10 @@ def test_relaxation_and_separation(width):
     problem = of_target(width=width)
     state = problem.init(key=KEY)
     rate = problem.relaxation_rate(*state)
-    by_hessian = AbstractProblem.relaxation_rate(problem, *state)
+    by_hessian = jax.jit(lambda *at: AbstractProblem.relaxation_rate(problem, *at))(*state)
     np.testing.assert_allclose(rate, by_hessian, rtol=1e-9)
+    if width == 8:
+        return
     speed = np.max(np.abs(problem.slow_field(*state)))
     number = tts.separation(problem, state, epsilon=1e-3)
     np.testing.assert_allclose(number, 1e-3 * speed / rate, rtol=1e-12)
@@ -161,7 +163,7 @@ def test_observables(small):
 
 
 def test_several_tasks_are_each_by_itself():
-    both = of_target(width=20, target=two_tasks)
+    both = of_target(target=two_tasks)
     each = [
         tts.MeanFieldKernel(both.inputs, column, width=20, outer_decay=2.0, entropy=0.02)
         for column in both.labels.T
@@ -174,8 +176,8 @@ def test_several_tasks_are_each_by_itself():
     for name in ("reduced_loss", "reduced_field"):
         mean = np.mean([getattr(problem, name)(slow) for problem in each], axis=0)
         np.testing.assert_allclose(getattr(both, name)(slow), mean, rtol=0, atol=1e-13)
-    done = tts.sgd(both, key=KEY, seeds=2, regime="limit", step_size=STEP, tau=[0.0, 1.0])
-    assert done.fast.shape == (2, 2, 20, 2)
+    done = tts.sgd(both, key=KEY, regime="limit", step_size=STEP, tau=[0.0, 1.0])
+    assert done.fast.shape == (1, 2, 20, 2)
     assert done.to_xarray().fast.dims == ("seed", "tau", "feature", "task")
 
 
@@ -196,8 +198,8 @@ def cold(problem):
 @pytest.mark.parametrize("sigma", [None, 1.5])
 def test_steps_are_those_of_the_published_algorithm(sigma):
     """In plain NumPy; with label noise by a gradient through the solve that is derived by hand."""
-    problem = cold(of_target(width=20, label_noise=sigma))
-    slow, steps = start(of_target(width=20)), 20
+    problem = cold(of_target(label_noise=sigma))
+    slow, steps = start(of_target()), 20
     rng = np.random.default_rng(2)
     noise = np.zeros((steps, 12)) if sigma is None else rng.uniform(-sigma, sigma, (steps, 12))
     done = tts.sgd(
@@ -224,15 +226,16 @@ def test_steps_are_those_of_the_published_algorithm(sigma):
 
 
 def test_langevin_noise_has_the_temperature():
-    problem = of_target(width=500, samples=5)
-    done = tts.sgd(problem, key=KEY, seeds=4, regime="limit", step_size=STEP, tau=[0.0, STEP])
-    before, after = jnp.asarray(done.slow[:, 0]), done.slow[:, 1]
-    drift = STEP * np.stack([problem.reduced_field(one) for one in before])
-    normal = (after - before - drift) / np.sqrt(2 * STEP * problem.entropy)
+    problem = of_target()
+    tau = STEP * np.arange(201)
+    slow = np.asarray(tts.sgd(problem, key=KEY, regime="limit", step_size=STEP, tau=tau).slow[0])
+    drift = STEP * jax.jit(jax.vmap(problem.reduced_field))(slow[:-1])
+    normal = (np.diff(slow, axis=0) - drift) / np.sqrt(2 * STEP * problem.entropy)
     count = normal.size
+    assert count == 200 * 20 * 4
     assert abs(np.mean(normal)) < 4 / np.sqrt(count)
     assert abs(np.var(normal) - 1) < 4 * np.sqrt(2 / count)
-    assert abs(np.mean(normal[0] * normal[1])) < 4 / np.sqrt(normal[0].size)
+    assert abs(np.mean(normal[1:] * normal[:-1])) < 4 / np.sqrt(count)
 
 
 def test_features_start_from_the_gaussian_in_either_precision():
@@ -244,23 +247,21 @@ def test_features_start_from_the_gaussian_in_either_precision():
 
 
 def test_label_noise_of_zero_is_none():
+    """And problems in one call may differ in it."""
     options = {"key": KEY, "regime": "limit", "step_size": STEP, "tau": [2.0]}
-    quiet, none = (of_target(width=20, label_noise=one) for one in (0.0, None))
+    quiet, louder, none = (of_target(label_noise=one) for one in (0.0, 3.0, None))
     assert quiet.envelope is False
     assert none.envelope is True
     state = none.init(key=KEY)
-    one, other = (tts.sgd(problem, state=state, **options) for problem in (quiet, none))
-    np.testing.assert_allclose(one.slow, other.slow, rtol=0, atol=1e-12)
-    # values of their own in one call
-    louder = of_target(width=20, label_noise=3.0)
+    expected = tts.sgd(none, state=state, **options).slow[0]
     both = tts.sgd([quiet, louder], state=state, **options)
-    np.testing.assert_allclose(both.slow[0], one.slow[0], rtol=0, atol=1e-12)
-    assert np.max(np.abs(both.slow[1] - one.slow[0])) > 1e-2
+    np.testing.assert_allclose(both.slow[0], expected, rtol=0, atol=1e-12)
+    assert np.max(np.abs(both.slow[1] - expected)) > 1e-2
 
 
 def test_two_timescale_descent_tends_to_the_limit():
-    problem = cold(of_target(width=4, entropy=0.2))
-    state = problem.state(slow=start(of_target(width=4, entropy=0.2)))
+    problem = cold(of_target(entropy=0.2))
+    state = problem.state(slow=start(of_target()))
     limit = tts.sgd(problem, key=KEY, state=state, regime="limit", step_size=1e-3, tau=[1.0])
     far = [
         np.max(
@@ -278,8 +279,8 @@ def test_two_timescale_descent_tends_to_the_limit():
 
 def test_float32_is_enough():
     """The same path without Langevin noise: observables agree to 1e-4 after 500 steps."""
-    problem = cold(of_target(width=60, samples=40, dimension=5, directions=np.eye(5)[:2]))
-    state = problem.state(slow=start(of_target(width=60, dimension=5)))
+    problem = cold(of_target(outer_decay=0.25))
+    state = problem.state(slow=start(of_target()))
     options = {"key": KEY, "state": state, "regime": "limit", "step_size": STEP, "tau": [100.0]}
     wide, narrow = (tts.sgd(problem, dtype=one, **options) for one in ("float64", "float32"))
     for name, value in wide.observables.items():
@@ -291,31 +292,48 @@ def test_float32_is_enough():
 # --- the experiment in small ----------------------------------------------------------------------
 
 
-def test_the_published_outcomes_in_small():
-    """The criteria: alignment grows by 1.8 at least, mean of three data sets; noisy data add 1.5
-    degrees of freedom or more, label noise takes 5 or more, of every data set."""
-    clean, noisy = (runs(noise=noise) for noise in (0.0, 1.0))
-    loud = runs(noise=1.0, label_noise=1.0)
-    freedoms = {}
-    for name, run in (("clean", clean), ("noisy", noisy), ("loud", loud)):
-        assert run.status.tolist() == [0, 0, 0]
-        alignment = np.asarray(run.observables["kernel_alignment"])
-        assert np.mean(alignment[:, 1] / alignment[:, 0]) >= 1.8
-        freedoms[name] = np.asarray(run.observables["degrees_of_freedom"])[:, 1]
-    assert np.all(freedoms["noisy"] - freedoms["clean"] >= 1.5)
-    assert np.all(freedoms["loud"] <= freedoms["noisy"] - 5.0)
-    assert np.all(noisy.loss[:, 1] < 0.5 * noisy.loss[:, 0])
+CASES = {"clean": (0.0, 0.0), "noisy": (1.0, 0.0), "loud": (1.0, 1.0)}  # σ and σ̃
 
 
-def runs(**options):
+def outcomes(end, seeds):
+    """Growth of the alignment, and degrees of freedom at the end, of each case, `[seeds]`."""
     problems = [
         tts.MeanFieldKernel.of_target(
-            key=jax.random.key(seed), dimension=5, samples=150, width=150, **options
+            key=jax.random.key(seed),
+            dimension=5,
+            samples=150,
+            width=150,
+            noise=noise,
+            label_noise=label_noise,
         )
-        for seed in (10, 11, 12)
+        for noise, label_noise in CASES.values()
+        for seed in seeds
     ]
-    tau = [0.0, 300.0]
-    return tts.sgd(problems, key=KEY, regime="limit", step_size=STEP, tau=tau, dtype="float32")
+    run = tts.sgd(
+        problems, key=KEY, regime="limit", step_size=STEP, tau=[0.0, end], dtype="float32"
+    )
+    assert not np.any(run.status)
+    assert np.all(run.loss[:, 1] < 0.5 * run.loss[:, 0])
+    alignment = np.asarray(run.observables["kernel_alignment"])
+    shape = len(CASES), len(seeds)
+    growth = (alignment[:, 1] / alignment[:, 0]).reshape(shape)
+    freedoms = np.asarray(run.observables["degrees_of_freedom"])[:, 1].reshape(shape)
+    return dict(zip(CASES, growth, strict=True)), dict(zip(CASES, freedoms, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("end", "seeds"), [(120.0, [10]), pytest.param(300.0, [10, 11, 12], marks=pytest.mark.slow)]
+)
+def test_the_published_outcomes_in_small(end, seeds):
+    """The criteria: the alignment grows by 1.8 at least in the mean of three data sets; noisy data
+    add 1.5 degrees of freedom at least, label noise takes 5 at least, for every data set. Less is
+    asked of 600 steps."""
+    growth, freedoms = outcomes(end, seeds)
+    least, taken = (1.8, 5.0) if end == 300.0 else (1.5, 3.0)
+    for case in CASES:
+        assert np.mean(growth[case]) >= least
+    assert np.all(freedoms["noisy"] - freedoms["clean"] >= 1.5)
+    assert np.all(freedoms["loud"] <= freedoms["noisy"] - taken)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -376,17 +394,16 @@ def test_bad_targets_states_and_dynamics_are_refused():
 
 def test_equal_features_and_a_step_that_is_too_large():
     """Equal rows of features are no trouble; η λ λ_w > 2 diverges, which the status tells."""
-    problem = of_target(width=6)
+    problem = of_target()
     slow = np.asarray(start(problem)).copy()
     slow[:] = slow[0]
     expected = plain(problem, slow)[0]
     np.testing.assert_allclose(problem.critical(jnp.asarray(slow)), expected, rtol=1e-9)
     state = problem.state(slow=slow)
     options = {"key": KEY, "state": state, "regime": "limit"}
-    done = tts.sgd(problem, step_size=1e6, tau=np.array([0.0, 200.0]) * 1e6, **options)
+    done = tts.sgd(problem, step_size=1e6, tau=[2e8], **options)
     assert done.status.tolist() == [int(tts.Status.DIVERGED)]
-    assert np.all(np.isfinite(done.slow[0, 0]))
-    assert np.all(np.isnan(done.slow[0, 1]))
+    assert np.all(np.isnan(done.slow))
 
 
 def test_memory_of_the_published_size():

@@ -55,6 +55,9 @@ FigureName = Literal[
     "varpro_two_timescale",
     "varpro_density",
     "varpro",
+    "takakura_suzuki_alignment",
+    "takakura_suzuki_label_noise",
+    "takakura_suzuki",
 ]
 AnimationName = Literal["two_timescale", "same_rate", "varpro"]
 StudyName = Literal["convergence", "initialisation"]
@@ -109,7 +112,8 @@ def reproduce(
         tyro.conf.arg(
             metavar="[figure1|figure2|figure3|figure4|figure5|figure6|figure7|figure_2d|figure_10d|"
             "figure_relu|proof|all|varpro_widths|varpro_penalty|varpro_gamma|varpro_two_timescale|"
-            "varpro_density|varpro]",
+            "varpro_density|varpro|takakura_suzuki_alignment|takakura_suzuki_label_noise|"
+            "takakura_suzuki]",
             help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
             "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
             "and the limits. figure5: one learning rate for both layers, ε = 1. figure6: two "
@@ -120,7 +124,10 @@ def reproduce(
             "varpro_penalty, varpro_gamma: risk and distances against time for several widths, "
             "penalties λ (unbiased and biased) and teachers γ. varpro_two_timescale: variable "
             "projection against two-timescale descent. varpro_density: the density of the features "
-            "beside the ultra-fast diffusion. varpro: all of these.",
+            "beside the ultra-fast diffusion. varpro: all of these. Of Takakura & Suzuki, "
+            "takakura_suzuki_alignment: kernel alignment and degrees of freedom in training for "
+            "several sizes of noise in the data. takakura_suzuki_label_noise: degrees of freedom "
+            "and test error with label noise. takakura_suzuki: both.",
         ),
     ] = "all",
     *,
@@ -128,9 +135,11 @@ def reproduce(
         Scale,
         tyro.conf.arg(
             help="paper: the paper's step size 1e-5 throughout, which is 1.75e8 steps for figures "
-            "3 and 4; for varpro 1024 features, 4096 data and 32,000 epochs. quick: 1e-3 for "
+            "3 and 4; for varpro 1024 features, 4096 data and 32,000 epochs; for takakura_suzuki "
+            "15 dimensions, 2000 features, 300 data and 10,000 steps. quick: 1e-3 for "
             "figures 3 and 4, the published quick configuration, the others as in the paper; "
-            "for varpro 128 features, 512 data and 2048 epochs."
+            "for varpro 128 features, 512 data and 2048 epochs; for takakura_suzuki 5 dimensions, "
+            "150 features, 150 data and 1500 steps."
         ),
     ] = "quick",
     seeds: Annotated[
@@ -140,15 +149,16 @@ def reproduce(
             help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
             "positions; the sketches draw no other.",
             help_behavior_hint="(default: 32, for figure7 64, for figure6 and the box plots after "
-            "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2)",
+            "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2, "
+            "for takakura_suzuki 4 and at scale paper 5)",
         ),
     ] = None,
     out: Annotated[
         Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
     ] = Path("results"),
 ) -> int:
-    """Reproduce figures of Marion & Berthier (2023, arXiv 2304.09576) and of Barboni, Peyré &
-    Vialard (2025, arXiv 2504.18208).
+    """Reproduce figures of Marion & Berthier (2023, arXiv 2304.09576), of Barboni, Peyré &
+    Vialard (2025, arXiv 2504.18208) and of Takakura & Suzuki (2024, arXiv 2403.14917).
 
     Writes a PNG, a PDF and the netCDF data behind each figure, and prints a table of final
     losses and recovered jumps. `tts_jax.load` reads the data. Figures 3 and 4 share one run of
@@ -178,21 +188,25 @@ def _figures() -> "dict[str, FigureSpec]":
 
 def _systems() -> "dict[str, dict[str, FigureSpec]]":
     """The figures of each published system, by the name that stands for all of them."""
-    from tts_jax.experiments import additive, marion_berthier, varpro
+    from tts_jax.experiments import additive, marion_berthier, takakura_suzuki, varpro
 
-    return {"all": marion_berthier.FIGURES | additive.FIGURES, "varpro": varpro.FIGURES}
+    return {
+        "all": marion_berthier.FIGURES | additive.FIGURES,
+        "varpro": varpro.FIGURES,
+        "takakura_suzuki": takakura_suzuki.FIGURES,
+    }
 
 
 def _reproduced(
     groups: "dict[str, list[str]]", scale: Scale, seeds: int | None, out: Path
 ) -> "_Report":
     """Compute, write and draw the figures, those that share an experiment together."""
-    from tts_jax.experiments import additive, marion_berthier, varpro
+    from tts_jax.experiments import additive, marion_berthier, takakura_suzuki, varpro
 
     report = _Report()
     for experiment, names in groups.items():
         specs = {name: _figures()[name] for name in names}
-        homes = (additive, marion_berthier, varpro)
+        homes = (additive, marion_berthier, takakura_suzuki, varpro)
         home = next(one for one in homes if experiment in one.SETTINGS)
         settings = home.settings_of(experiment, scale, seeds)
         methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
