@@ -1,6 +1,10 @@
 """Mean-field Langevin dynamics with kernel ridge regression: identities, steps, the experiment."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -420,3 +424,24 @@ def test_memory_of_the_published_size():
         slow = jax.ShapeDtypeStruct((2000, 16), jnp.float32)
         used = jax.jit(step).lower(slow).compile().memory_analysis()
         assert used.temp_size_in_bytes < 20e6
+
+
+@pytest.mark.slow
+def test_runs_end_on_several_cpu_devices():
+    """A factorisation in a loop on several of them has waited for ever."""
+    program = """
+        import jax, tts_jax as tts
+        options = {"dimension": 5, "samples": 150, "width": 150}
+        problems = [
+            tts.MeanFieldKernel.of_target(key=jax.random.key(seed), **options) for seed in range(4)
+        ]
+        run = tts.sgd(problems, key=jax.random.key(9), regime="limit",
+                      step_size=0.2, tau=[0.0, 4.0])
+        print(len(jax.devices()), run.status.tolist())
+    """
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    told = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=200
+    )
+    assert told.stdout.strip() == "2 [0, 0, 0, 0]"
