@@ -150,7 +150,7 @@ def reproduce(
             "positions; the sketches draw no other.",
             help_behavior_hint="(default: 32, for figure7 64, for figure6 and the box plots after "
             "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2, "
-            "for takakura_suzuki 4 and at scale paper 5)",
+            "for takakura_suzuki 3 and at scale paper 5)",
         ),
     ] = None,
     out: Annotated[

@@ -77,7 +77,7 @@ class Settings:
     step_size: float = 0.2
     entropy: float = 0.004
     decay: float = 0.25
-    seeds: int = 4
+    seeds: int = 3
     tests: int = 1000
     records: int = 31
     key: int = 0
@@ -259,7 +259,7 @@ def _compared(
         for place, (case, label) in enumerate(labels.items()):
             _curves(ax, data[case], seen, label, place)
         ax.set_title(_TITLES[seen])
-        ax.set_xlabel("time t")
+        ax.set_xlabel("slow time t")
     plot.panel_letters(panels)
     legend(figure, panels[0])
     return figure
