@@ -25,6 +25,7 @@
 # The target is $f(x) = x_1 x_2$. The labels have noise that is uniform on $[-\sigma, \sigma]$.
 
 # %%
+# %matplotlib inline
 import os
 
 import jax
@@ -35,8 +36,10 @@ import tts_jax as tts
 from tts_jax import fast, plot
 
 
-FULL = os.environ.get("TTS_JAX_NOTEBOOK_SCALE") == "full"
-DIMENSION, SAMPLES, WIDTH, STEPS = (5, 150, 150, 1500) if FULL else (5, 100, 100, 600)
+# "small" takes fewer data, features and steps
+SMALL = os.environ.get("TTS_JAX_NOTEBOOK_SCALE", "full") == "small"
+
+DIMENSION, SAMPLES, WIDTH, STEPS = (5, 100, 100, 600) if SMALL else (5, 150, 150, 1500)
 STEP = 0.2
 
 
@@ -117,8 +120,8 @@ with jax.enable_x64(True):
 # %% [markdown]
 # ## Label noise
 #
-# Fit the outer weights to $Y + \varepsilon$, with ε uniform on $[-\tilde\sigma, \tilde\sigma]^n$ and
-# drawn anew in every step, but descend the loss of $Y$. Its mean is
+# Fit the outer weights to $Y + \varepsilon$, with ε uniform on $[-\tilde\sigma, \tilde\sigma]^n$
+# and drawn anew in every step, but descend the loss of $Y$. Its mean is
 # $G + \tilde\sigma^2 d/6n$: label noise is a price on degrees of freedom.
 
 # %%
@@ -130,7 +133,7 @@ with jax.enable_x64(True):
         weights = fast.Ridge().solve(noisy, slow, sample).fast
         return noisy.sample_loss(weights, slow, sample)
 
-    losses = jax.jit(lambda steps: jax.lax.map(loss_of, steps))(np.arange(1000))
+    losses = jax.jit(lambda steps: jax.lax.map(loss_of, steps))(np.arange(10_000))
     clean = noisy.reduced_loss(slow)
     added = noisy.degrees_of_freedom(slow) / (6 * SAMPLES)
     error = np.std(losses) / np.sqrt(len(losses))
