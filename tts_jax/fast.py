@@ -21,7 +21,7 @@ others by their formulas.
 import abc
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -54,7 +54,13 @@ class Solution(NamedTuple):
 
 
 class AbstractFastSolver(eqx.Module):
-    """Finds the fast variable at a given slow one."""
+    """Finds the fast variable at a given slow one.
+
+    Attributes:
+        factorises: whether it may factorise a matrix; then `sgd` keeps to one CPU device.
+    """
+
+    factorises: ClassVar[bool] = True
 
     @abc.abstractmethod
     def solve(
@@ -362,6 +368,8 @@ class GradientSteps(AbstractFastSolver):
         count: the number of steps.
         step_size: their size, in fast time.
     """
+
+    factorises: ClassVar[bool] = False
 
     count: int = eqx.field(static=True)
     step_size: Float[Array, ""]

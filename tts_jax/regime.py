@@ -62,6 +62,11 @@ class AbstractRegime(eqx.Module):
         """The ratio of the speeds of the slow and the fast variable, 0 if y is eliminated."""
         return epsilon
 
+    def factorises(self, problem: "AbstractProblem") -> bool:
+        """Whether a step may factorise a matrix."""
+        del problem
+        return False
+
 
 class Joint(AbstractRegime):
     """One step of the fast variable for each of the slow one, both from the old state."""
@@ -196,6 +201,9 @@ class Eliminated(AbstractRegime):
     def ratio(self, epsilon: float) -> float:
         del epsilon
         return 0.0
+
+    def factorises(self, problem: "AbstractProblem") -> bool:
+        return self._solver(problem).factorises
 
     def _solver(self, problem: "AbstractProblem") -> AbstractFastSolver:
         return problem.fast_solver if self.solver is None else self.solver

@@ -71,6 +71,18 @@ SYSTEMS: dict[str, System] = {
         "1024 features, 4096 data and 32,000 epochs",
         "4, at scale paper 2",
     ),
+    "takakura_suzuki": System(
+        "Takakura & Suzuki (2024, arXiv 2403.14917)",
+        ("takakura_suzuki",),
+        {
+            "takakura_suzuki_alignment": "kernel alignment and degrees of freedom in training, for "
+            "several sizes of noise in the data",
+            "takakura_suzuki_label_noise": "degrees of freedom and test error with label noise",
+        },
+        "5 dimensions, 150 features, 150 data and 1500 steps",
+        "15 dimensions, 2000 features, 300 data and 10,000 steps",
+        "3, at scale paper 5",
+    ),
     "kim_suzuki": System(
         "Kim & Suzuki (2024, arXiv 2402.01258)",
         ("kim_suzuki",),

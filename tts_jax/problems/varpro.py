@@ -142,6 +142,8 @@ class CircleRidge(AbstractFastSolver):
     By prefix sums over data sorted by angle, see `_circle`.
     """
 
+    factorises: ClassVar[bool] = False
+
     def solve(
         self,
         problem: AbstractProblem,
