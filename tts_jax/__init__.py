@@ -8,6 +8,7 @@ from tts_jax._curvature import (
 from tts_jax._flow import flow as flow
 from tts_jax._hitting import hitting_times as hitting_times
 from tts_jax._limit import limit as limit
+from tts_jax._precision import double_precision as double_precision
 from tts_jax._problem import AbstractProblem as AbstractProblem, State as State
 from tts_jax._rosenbrock import Rodas5P as Rodas5P
 from tts_jax._separation import separation as separation
