@@ -29,5 +29,9 @@ from tts_jax.problems._targets import (
 from tts_jax.problems._teachers import CircleTeacher as CircleTeacher, TorusTeacher as TorusTeacher
 from tts_jax.problems._ultrafast import UltraFastDiffusion as UltraFastDiffusion
 from tts_jax.problems.additive import Additive as Additive
+from tts_jax.problems.single_location import (
+    ScheduledLocation as ScheduledLocation,
+    SingleLocation as SingleLocation,
+)
 from tts_jax.problems.univariate import Univariate as Univariate
 from tts_jax.problems.varpro import Radial as Radial, Relu as Relu, VarPro as VarPro
