@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tts_jax as tts
-from tts_jax import geometry
+from tts_jax import fast, geometry
 
 
 SPHERE, TORUS = geometry.Sphere(), geometry.Torus(4.0)
@@ -153,3 +153,141 @@ def test_a_start_off_the_sphere_is_refused(dynamics):
         getattr(tts, dynamics)(PULL, start, tau=TAU, **more[dynamics]) if dynamics != "sgd" else (
             tts.sgd(PULL, state=start, tau=TAU, **more["sgd"])
         )
+
+
+# --- a fast variable on the sphere ---------------------------------------------------------------
+
+
+class Compass(tts.AbstractProblem):
+    """L = ½ y·A y − y·(x + shift) + ½|x|², y on the sphere."""
+
+    matrix: jax.Array
+    shift: jax.Array
+
+    @property
+    def fast_geometry(self):
+        return SPHERE
+
+    @property
+    def fast_solver(self):
+        return fast.Quadratic()
+
+    def init(self, *, key):
+        return tts.State(jnp.array([0.0, 0.0, 1.0]), jax.random.normal(key, (3,)))
+
+    def loss(self, y, x):
+        return y @ self.matrix @ y / 2 - y @ (x + self.shift) + x @ x / 2
+
+    def sample(self, *, key, step):
+        return ()
+
+    def sample_loss(self, y, x, sample):
+        return self.loss(y, x)
+
+
+COMPASS = Compass(
+    jnp.array([[1.0, 0.3, 0.0], [0.3, -0.5, 0.2], [0.0, 0.2, 0.4]]), jnp.array([0.3, -0.2, 0.1])
+)
+NEEDLE = tts.State(np.array([0.6, 0.0, -0.8]), np.array([0.4, 0.9, -1.1]))
+
+
+def test_the_least_of_a_quadratic_on_the_sphere():
+    grid = np.linspace(0.0, np.pi, 721), np.linspace(0.0, 2 * np.pi, 1441)
+    polar, azimuth = (part.ravel() for part in np.meshgrid(*grid))
+    every = np.stack(
+        [np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)], axis=1
+    )
+    for seed in range(5):
+        slow = 2.0 ** (1 - seed) * rows(seed, 3)
+        found = COMPASS.critical_solution(slow)
+        values = np.einsum("ni,ij,nj->n", every, COMPASS.matrix, every) / 2
+        values -= every @ (slow + COMPASS.shift)
+        best = every[np.argmin(values)]
+        assert COMPASS.loss(found.fast, slow) <= np.min(values) + slow @ slow / 2
+        np.testing.assert_allclose(found.fast, best, atol=0.01)
+        np.testing.assert_allclose(jnp.linalg.norm(found.fast), 1.0, rtol=1e-15)
+        assert found.info["residual"] < 1e-14
+
+
+def test_its_condition_and_the_mirror_images():
+    lowest = jnp.linalg.eigh(COMPASS.matrix)[1][:, 0]
+    level = Compass(COMPASS.matrix, jnp.zeros(3)).critical_solution(jnp.zeros(3))
+    assert np.isinf(level.info["condition"])
+    np.testing.assert_allclose(abs(level.fast @ lowest), 1.0, rtol=1e-14)
+    # a pull across the lowest eigenvector, too weak to reach length 1: two mirror images
+    across = 0.1 * jnp.linalg.eigh(COMPASS.matrix)[1][:, 2]
+    tilted = Compass(COMPASS.matrix, jnp.zeros(3)).critical_solution(across)
+    assert np.isinf(tilted.info["condition"])
+    assert tilted.info["residual"] < 1e-14
+    values = np.linalg.eigvalsh(COMPASS.matrix)
+    y, info = COMPASS.critical_solution(jnp.array([0.4, 0.9, -1.1]))
+    pull = jnp.array([0.4, 0.9, -1.1]) + COMPASS.shift
+    multiplier = y @ (pull - COMPASS.matrix @ y)
+    expected = (values[-1] + multiplier) / (values[0] + multiplier)
+    np.testing.assert_allclose(info["condition"], expected, rtol=1e-12)
+
+
+def test_it_is_differentiable_twice():
+    slow = jnp.asarray(NEEDLE.slow)
+
+    def height(x):
+        return jnp.sum(COMPASS.critical_solution(x).fast * jnp.array([1.0, 2.0, 3.0]))
+
+    slope, bend = jax.grad(height)(slow), jax.hessian(height)(slow)
+    for axis in range(3):
+        move = 1e-5 * jnp.eye(3)[axis]
+        numeric = (height(slow + move) - height(slow - move)) / 2e-5
+        np.testing.assert_allclose(slope[axis], numeric, rtol=1e-7)
+        numeric = (jax.grad(height)(slow + move) - jax.grad(height)(slow - move)) / 2e-5
+        np.testing.assert_allclose(bend[axis], numeric, rtol=1e-6, atol=1e-9)
+
+
+def test_the_flow_of_a_fast_variable_on_the_sphere_tends_to_its_limit():
+    tau = np.array([0.3, 1.0])
+    limit = tts.limit(COMPASS, NEEDLE, tau=tau, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(np.sum(limit.fast**2, axis=1), 1.0, rtol=1e-14)
+    far = []
+    for epsilon in (1e-2, 1e-3):
+        flow = tts.flow(COMPASS, NEEDLE, epsilon=epsilon, tau=tau, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(np.sum(flow.fast**2, axis=1), 1.0, rtol=1e-14)
+        far.append(np.max(np.abs(flow.slow - limit.slow)))
+    assert 8 < far[0] / far[1] < 12
+    reduced = tts.sgd(
+        COMPASS, state=NEEDLE, key=jax.random.key(0), regime="limit", step_size=1e-4, tau=tau
+    )
+    np.testing.assert_allclose(reduced.slow[0], limit.slow, atol=2e-4)
+
+
+def test_its_steps_are_projected_gradient_descent():
+    run = tts.sgd(
+        COMPASS, state=NEEDLE, key=jax.random.key(0), epsilon=0.5, step_size=0.1, tau=[0.5]
+    )
+    y, x = NEEDLE
+    for _ in range(10):
+        slope = COMPASS.matrix @ y - x - COMPASS.shift
+        moved = y - 0.1 * (slope - (slope @ y) * y)
+        y, x = moved / jnp.linalg.norm(moved), x - 0.05 * (x - y)
+    np.testing.assert_allclose(run.fast[0, 0], y, rtol=1e-13)
+    np.testing.assert_allclose(run.slow[0, 0], x, rtol=1e-13)
+
+
+def test_its_relaxation_rate_is_that_of_the_tangent_space():
+    slow = jnp.asarray(NEEDLE.slow)
+    y = COMPASS.critical(slow)
+    multiplier = y @ (slow + COMPASS.shift - COMPASS.matrix @ y)
+    across = np.linalg.svd(np.asarray(y)[None])[2][1:]
+    inside = across @ (np.asarray(COMPASS.matrix) + float(multiplier) * np.eye(3)) @ across.T
+    expected = np.linalg.eigvalsh(inside)[0]
+    np.testing.assert_allclose(COMPASS.relaxation_rate(y, slow), expected, rtol=1e-12)
+
+
+def test_what_a_fast_variable_on_the_sphere_cannot_have():
+    start = NEEDLE._replace(fast=2.0 * NEEDLE.fast)
+    with pytest.raises(
+        ValueError, match="Argument `state.fast` must lie on the problem's `Sphere`"
+    ):
+        tts.limit(COMPASS, start, tau=TAU)
+    with pytest.raises(TypeError, match="`fast.Argmin` is for a fast variable in a geometry of"):
+        fast.Argmin().solve(COMPASS, jnp.zeros(3))
+    with pytest.raises(TypeError, match="`fast.GradientSteps` on a `Sphere` needs a `start`"):
+        fast.GradientSteps(2, 0.1).solve(COMPASS, jnp.zeros(3))

@@ -1,5 +1,6 @@
 """Regimes of `sgd`, the noise of its steps, and what it observes."""
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -101,6 +102,45 @@ def test_inner_steps_come_before_the_slow_one():
     y, x = by_hand(step, 100)
     np.testing.assert_allclose(done.fast[0, 0], y, rtol=1e-12)
     np.testing.assert_allclose(done.slow[0, 0], x, rtol=1e-12)
+
+
+def test_inner_steps_may_begin_anew_each_time():
+    anew = regime.Inner(3, restart=True)
+    done = run(epsilon=0.1, regime=anew)
+
+    def step(y, x):
+        y = np.zeros(2)  # as in `init`
+        for _ in range(3):
+            y = y - 0.05 * (y - x)
+        return y, x - 0.005 * (x - y + 0.5 * x)
+
+    y, x = by_hand(step, 100)
+    np.testing.assert_allclose(done.fast[0, 0], y, rtol=1e-12)
+    np.testing.assert_allclose(done.slow[0, 0], x, rtol=1e-12)
+    with pytest.raises(ValueError, match="Argument `key` must be a random key"):
+        run(Shaken(), epsilon=0.1, regime=anew, key=None, samples=np.zeros((100, 2)))
+
+
+class Averaged(Spring):
+    """The same with a fast variable at the temperature ½, whose law has the mean x."""
+
+    heat: tuple = (0.5, None)
+
+    def reduced_field(self, slow):
+        return -self.stiffness * slow
+
+
+def test_a_limit_may_average_over_the_noise_of_the_fast_variable():
+    limit = tts.limit(Averaged(), START, tau=[0.5, 1.0], rtol=1e-9, atol=1e-9)
+    expected = START.slow * np.exp(-0.5 * np.array([[0.5], [1.0]]))
+    np.testing.assert_allclose(limit.slow, expected, rtol=1e-8)
+    for dynamics, problem in (
+        (tts.limit, Spring(heat=(0.5, None))),
+        (tts.limit, Averaged(heat=(0.5, 0.1))),
+        (functools.partial(tts.flow, epsilon=0.1), Averaged()),
+    ):
+        with pytest.raises(TypeError, match="is for problems without noise"):
+            dynamics(problem, START, tau=[0.5])
 
 
 def test_the_limit_eliminates_the_fast_variable():

@@ -20,6 +20,7 @@ from tts_jax._integrate import (
     check_start,
     choose_engine,
     lane_answer,
+    projected,
     projected_jacobian,
     solve,
 )
@@ -144,7 +145,7 @@ def flow(
 def _slow_time_field(tau: Array, y: State, args: tuple[AbstractProblem, Array]) -> State:
     del tau
     problem, epsilon = args
-    velocity = problem.fields(y.fast, problem.geometry.project(y.slow))
+    velocity = problem.fields(*projected(problem, y))
     return State(jax.tree.map(lambda v: v / epsilon, velocity.fast), velocity.slow)
 
 
@@ -154,7 +155,7 @@ def _slow_time_jacobian(
     del tau
     problem, epsilon = args
     count = sum(leaf.size for leaf in jax.tree.leaves(y.fast))
-    jacobian = projected_jacobian(problem, y.slow, lambda slow: problem.jacobian(y.fast, slow))
+    jacobian = projected_jacobian(problem, y, lambda near: problem.jacobian(*near))
     return jacobian.at[:count].divide(epsilon)
 
 
@@ -201,5 +202,6 @@ def _fastest_rate(problem: AbstractProblem, state: State, epsilon: Array) -> Arr
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:
     solution = run.solve(problem, _slow_time_field, start, (problem, epsilon))
-    fast, slow = cast(list[State], solution.ys)[0]
-    return lane_answer(problem, solution, fast, jax.lax.map(problem.geometry.project, slow))
+    states = cast(list[State], solution.ys)[0]
+    fast, slow = jax.lax.map(lambda state: projected(problem, state), states)
+    return lane_answer(problem, solution, fast, slow)

@@ -174,26 +174,37 @@ def check_start(problem: AbstractProblem, state: State) -> None:
     check_geometry(problem, state)
 
 
-def check_noiseless(who: str, problem: AbstractProblem) -> None:
-    """Refuse a problem with Langevin noise, which is no ordinary differential equation."""
-    if any(one is not None for one in problem.temperature):
+def check_noiseless(who: str, problem: AbstractProblem, *, averaged: bool = False) -> None:
+    """Refuse a problem with Langevin noise, which is no ordinary differential equation; unless it
+    is `averaged` over: the fast variable's, by the problem's own reduced field."""
+    fast, slow = problem.temperature
+    averaged = averaged and type(problem).reduced_field is not AbstractProblem.reduced_field
+    if slow is not None or (fast is not None and not averaged):
         raise TypeError(
             f"`{who}` is for problems without noise, but `{type(problem).__name__}` has a "
             f"`temperature`. Use `sgd`, with `regime='limit'` for the fast variable eliminated."
         )
 
 
+def projected(problem: AbstractProblem, state: State) -> State:
+    """The nearest state whose variables, or its slow one alone, are where their geometries have
+    them."""
+    fast = None if state.fast is None else problem.fast_geometry.project(state.fast)
+    return State(fast, problem.geometry.project(state.slow))
+
+
 def projected_jacobian(
-    problem: AbstractProblem, slow: PyTree[Array], rows: Callable[[PyTree[Array]], Array]
+    problem: AbstractProblem, state: State, rows: Callable[[State], Array]
 ) -> Array:
-    """The Jacobian of a field of the projected slow variable; `rows` gives it at its geometry."""
-    near = problem.geometry.project(slow)
-    jacobian = rows(near)
-    if isinstance(problem.geometry, Euclidean):
+    """The Jacobian of a field of the projected state; `rows` gives it where the geometries have
+    it."""
+    jacobian = rows(projected(problem, state))
+    places = problem.geometry, problem.fast_geometry
+    if all(isinstance(place, Euclidean) for place in places):
         return jacobian
-    flat, unravel = ravel_pytree(slow)
-    inward = jax.jacfwd(lambda x: ravel_pytree(problem.geometry.project(unravel(x)))[0])(flat)
-    return jacobian.at[:, -flat.size :].set(jacobian[:, -flat.size :] @ inward)
+    flat, unravel = ravel_pytree(state)
+    inward = jax.jacfwd(lambda y: ravel_pytree(projected(problem, unravel(y)))[0])(flat)
+    return jacobian @ inward
 
 
 class Batch:

@@ -17,6 +17,7 @@ from tts_jax._integrate import (
     check_start,
     choose_engine,
     lane_answer,
+    projected,
     projected_jacobian,
     solve,
 )
@@ -76,7 +77,7 @@ def limit(
     require_double_precision("limit", problem, state, tau)
     _checks.increasing_times(tau)
     check_start(problem, state)
-    check_noiseless("limit", problem)
+    check_noiseless("limit", problem, averaged=True)
     own = solver == "auto" and adjoint is None and progress_meter is None
     engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
@@ -120,16 +121,16 @@ def limit(
 
 def _reduced_field(tau: Array, y: State, problem: AbstractProblem) -> State:
     del tau
-    return State(None, problem.reduced_field(problem.geometry.project(y.slow)))
+    return State(None, problem.reduced_field(projected(problem, y).slow))
 
 
 def _reduced_jacobian(tau: Array, y: State, problem: AbstractProblem) -> Array:
     del tau
 
-    def rows(slow: Any) -> Array:
-        return problem.reduced_jacobian(problem.critical(slow), slow)
+    def rows(near: State) -> Array:
+        return problem.reduced_jacobian(problem.critical(near.slow), near.slow)
 
-    return projected_jacobian(problem, y.slow, rows)
+    return projected_jacobian(problem, y, rows)
 
 
 def _solve_lane(start: State, epsilon: Array, problem: AbstractProblem, run: Run) -> dict[str, Any]:

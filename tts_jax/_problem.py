@@ -114,6 +114,12 @@ class AbstractProblem(eqx.Module):
         return Euclidean()
 
     @property
+    def fast_geometry(self) -> AbstractGeometry:
+        """Where the fast variable lives, likewise; the critical manifold is then the minimum of g
+        on it."""
+        return Euclidean()
+
+    @property
     def closed_form(self) -> bool:
         """Whether the class defines `critical`."""
         return type(self).critical is not AbstractProblem.critical
@@ -128,7 +134,9 @@ class AbstractProblem(eqx.Module):
         """The temperatures T of Langevin noise that `sgd` adds to either variable, or `None`.
 
         To the slow one √(2T) dB, in slow time and within the tangent space; to the fast one the
-        same in fast time. `flow` and `limit` are for problems without.
+        same in fast time. `flow` is for problems without. `limit` is for a slow variable without;
+        with a fast one at equilibrium, y*(x) is a law, and the class must define `reduced_field`,
+        the velocity averaged over it.
         """
         return State(None, None)
 
@@ -159,8 +167,10 @@ class AbstractProblem(eqx.Module):
         )
 
     def fast_field(self, fast: PyTree[Array], slow: PyTree[Array]) -> PyTree[Array]:
-        """−∇_y g(y, x): the velocity of the fast variable in fast time t."""
-        return jax.tree.map(jnp.negative, jax.grad(self.fast_loss, argnums=0)(fast, slow))
+        """The velocity of the fast variable in fast time t: −∇_y g(y, x) as its geometry has
+        it."""
+        force = jax.tree.map(jnp.negative, jax.grad(self.fast_loss, argnums=0)(fast, slow))
+        return self.fast_geometry.velocity(fast, force)
 
     def slow_field(self, fast: PyTree[Array], slow: PyTree[Array]) -> PyTree[Array]:
         """V(y, x): the velocity of the slow variable in slow time τ, by default −∇_x L as its
@@ -192,9 +202,23 @@ class AbstractProblem(eqx.Module):
 
     def relaxation_rate(self, fast: PyTree[Array], slow: PyTree[Array]) -> Float[Array, ""]:
         """The slowest rate, in fast time, at which the fast variable relaxes: the smallest
-        eigenvalue of ∇²_y g, 0 where it is rounding."""
+        eigenvalue of ∇²_y g within its geometry, 0 where it is rounding."""
         flat, unravel = ravel_pytree(fast)
-        hessian = jax.hessian(lambda y: self.fast_loss(unravel(y), slow))(flat)
+        place = self.fast_geometry
+        if isinstance(place, Euclidean):
+            hessian = jax.hessian(lambda y: self.fast_loss(unravel(y), slow))(flat)
+        else:
+
+            def along(step: Array) -> Array:
+                return ravel_pytree(place.tangent(fast, unravel(step)))[0]
+
+            def moved(step: Array) -> Array:
+                return self.fast_loss(place.retract(fast, unravel(along(step))), slow)
+
+            hessian = jax.hessian(moved)(jnp.zeros_like(flat))
+            # directions that lead out of the geometry do not count: above all others
+            outward = jnp.eye(flat.size) - jax.jacfwd(along)(jnp.zeros_like(flat))
+            hessian += (1.0 + jnp.linalg.norm(hessian)) * outward
         values = jnp.linalg.eigvalsh(hessian)
         # what the largest eigenvalue's rounding hides counts as none
         hidden = flat.size * jnp.finfo(values.dtype).eps * jnp.abs(values[-1])
@@ -225,7 +249,8 @@ class AbstractProblem(eqx.Module):
         By the implicit function theorem it is the Schur complement of the fast block of
         `jacobian`, for a fast variable that is stationary on the critical manifold.
         """
-        if not self.envelope:
+        own = type(self).reduced_field is not AbstractProblem.reduced_field
+        if own or not (self.envelope and isinstance(self.fast_geometry, Euclidean)):
             flat, unravel = ravel_pytree(slow)
             return jax.jacfwd(lambda x: ravel_pytree(self.reduced_field(unravel(x)))[0])(flat)
         count = ravel_pytree(fast)[0].size
@@ -400,21 +425,25 @@ _NEAR = 1e-5
 
 
 def check_geometry(problem: AbstractProblem, state: State) -> None:
-    """Refuse a start whose slow variable is not where its geometry has it.
+    """Refuse a start with a variable that is not where its geometry has it.
 
     Raises:
-        ValueError: a concrete slow variable off its geometry.
+        ValueError: a concrete variable off its geometry.
     """
-    geometry = problem.geometry
-    if isinstance(geometry, Euclidean) or is_traced(state) or inside_trace():
+    if is_traced(state) or inside_trace():
         return
-    far = float(geometry.distance(jax.tree.map(jnp.asarray, state.slow)))
-    if not far <= _NEAR:
-        kind = type(getattr(geometry, "of", geometry)).__name__
-        raise ValueError(
-            f"Argument `state.slow` must lie on the problem's `{kind}`, got a point {far:.3g} away "
-            f"from it. Use `problem.geometry.project(slow)`."
-        )
+    places = {"slow": ("geometry", problem.geometry)}
+    places |= {"fast": ("fast_geometry", problem.fast_geometry)}
+    for name, (attribute, place) in places.items():
+        if isinstance(place, Euclidean):
+            continue
+        far = float(place.distance(jax.tree.map(jnp.asarray, getattr(state, name))))
+        if not far <= _NEAR:
+            kind = type(getattr(place, "of", place)).__name__
+            raise ValueError(
+                f"Argument `state.{name}` must lie on the problem's `{kind}`, got a point "
+                f"{far:.3g} away from it. Use `problem.{attribute}.project({name})`."
+            )
 
 
 # A problem with more numbers than this, in bytes, holds data that a single state passes over.

@@ -34,7 +34,7 @@ from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry
 from tts_jax._random import key_words, seed_keys, step_words, typed_key
 from tts_jax._trajectory import Status, Trajectory, of_states, raise_on_failure, record
 from tts_jax.geometry import Euclidean
-from tts_jax.regime import AbstractRegime, Eliminated, Joint, add_noise, regime_of
+from tts_jax.regime import AbstractRegime, Eliminated, Joint, regime_of
 
 
 _CALL_SECONDS = 0.5  # aimed duration of one compiled call: Ctrl-C and the progress bar wait for it
@@ -95,8 +95,8 @@ def sgd(
             kept as offsets from the start, so that steps far below the spacing of float32
             numbers still add up. The general path keeps plain positions and defaults to float64.
         optimizer: an optax transformation that replaces the two-rate steps. It sees the tree
-            `{"fast": ..., "slow": ...}` of gradients, the slow one as the problem's geometry has
-            it (`optax.partition` gives the two blocks their own rules); `epsilon` and `step_size`
+            `{"fast": ..., "slow": ...}` of gradients, as the problem's geometries have them
+            (`optax.partition` gives the two blocks their own rules); `epsilon` and `step_size`
             then only define the clock τ = εhk.
         samples: a given stream in place of random samples, in the form of `problem.sample`
             with an axis for the steps in front, `[steps, ...]` for all seeds or
@@ -156,7 +156,8 @@ def sgd(
     with wide():
         stream = None if samples is None else _Stream.read(problem, samples, steps[-1])
         seeds = _number_of_seeds(family, seeds, state, stream)
-        if key is None and (state is None or stream is None or hot):
+        noisy = hot or regime.random
+        if key is None and (state is None or stream is None or noisy):
             missing = "starts" if state is None else "noise" if stream is not None else "samples"
             raise ValueError(
                 f"Argument `key` must be a random key to draw the {missing}, got None. Pass for "
@@ -223,6 +224,9 @@ def _in_lanes(
         "an optimizer": optimizer is not None,
         f"the regime {type(regime).__name__}": not isinstance(regime, Joint),
         f"a {type(problem.geometry).__name__}": not isinstance(problem.geometry, Euclidean),
+        f"a fast {type(problem.fast_geometry).__name__}": not isinstance(
+            problem.fast_geometry, Euclidean
+        ),
         "a temperature": any(one is not None for one in problem.temperature),
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
@@ -889,27 +893,25 @@ def _general_program(form: _Form) -> Any:
             if form.optimizer is None:
                 # one key per step and variable, apart from those of the samples
                 noise = (None, None)
-                if form.keyed and any(one is not None for one in heat):
+                if form.keyed and (regime.random or any(one is not None for one in heat)):
                     noise = jax.random.split(_noise_key(key, first + index))
                 fast, slope = regime.step(problem, state, sample, rates[0], noise[0], form.gradient)
-                velocity = geometry.velocity(state.slow, jax.tree.map(jnp.negative, slope))
-                move = jax.tree.map(lambda v: rates[1] * v, velocity)
-                if heat.slow is not None:
-                    assert noise[1] is not None  # `sgd` has checked
-                    shake = geometry.noise(state.slow, noise[1])
-                    move = add_noise(move, shake, heat.slow, rates[1])
-                move = _as(move, state.slow)
-                point = {"fast": _as(fast, state.fast), "slow": geometry.retract(state.slow, move)}
+                slow = geometry.descend(state.slow, slope, rates[1], heat.slow, noise[1])
+                point = {"fast": _as(fast, state.fast), "slow": slow}
             else:
                 slopes = problem.sample_gradient(*state, sample, gradient=form.gradient)
-                # the slow slope as the geometry has it: along its tangent, of its scale
-                force = jax.tree.map(jnp.negative, slopes[1])
-                ascent = jax.tree.map(jnp.negative, geometry.velocity(state.slow, force))
-                slopes = {"fast": slopes[0], "slow": ascent}
-                steps, memory = form.optimizer.update(slopes, memory, point)
+                places = {"fast": problem.fast_geometry, "slow": geometry}
+                seen = {}
+                for name, slope in zip(places, slopes, strict=True):
+                    # as the geometry has it: along its tangent, of its scale
+                    force = jax.tree.map(jnp.negative, slope)
+                    velocity = places[name].velocity(point[name], force)
+                    seen[name] = jax.tree.map(jnp.negative, velocity)
+                steps, memory = form.optimizer.update(seen, memory, point)
                 steps = _as(steps, point)
-                moved = jax.tree.map(jnp.add, state.fast, steps["fast"])
-                point = {"fast": moved, "slow": geometry.retract(state.slow, steps["slow"])}
+                point = {
+                    name: place.retract(point[name], steps[name]) for name, place in places.items()
+                }
             finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(point)]
             alive = functools.reduce(jnp.logical_and, finite, alive)
             kept = jax.tree.map(lambda new, old: jnp.where(alive, new, old), (point, memory), old)

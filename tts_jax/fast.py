@@ -7,17 +7,19 @@ sample, so that label noise or a minibatch is seen by the solve as by the gradie
 | solver | what g must be | what it asks of the problem |
 |---|---|---|
 | `ClosedForm` | anything | `critical(slow)` |
-| `Quadratic` | quadratic in y | `fast_loss` |
+| `Quadratic` | quadratic in y, in all of space or on the unit sphere | `fast_loss` |
 | `Ridge` | regularised least squares | `ridge(slow, sample)` |
 | `Argmin` | smooth, strongly convex in y | `fast_loss` |
 | `GradientSteps` | differentiable in y | `fast_loss` |
 
 A problem names its solver by the property `fast_solver`; without a closed form, `critical` is by
-it. All but `ClosedForm` are differentiable in the problem, the sample and x: `Argmin` by
-the implicit function theorem, the others by their formulas.
+it. `Ridge` and `Argmin` are for a fast variable in all of space. All but `ClosedForm` are
+differentiable in the problem, the sample and x: `Argmin` by the implicit function theorem, the
+others by their formulas.
 """
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -29,6 +31,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tts_jax import _checks
+from tts_jax.geometry import Euclidean, Sphere
 
 
 if TYPE_CHECKING:
@@ -40,10 +43,10 @@ class Solution(NamedTuple):
 
     Attributes:
         fast: the fast variable y*(x).
-        info: what is known about it, numbers by name: `residual`, the largest entry of ∇_y g (by
-            `Ridge` of half the gradient of its squares); by solvers of linear systems also
-            `condition`, the condition number of the system or an upper bound of it, infinite where
-            the minimiser is not unique; by `Argmin` whether it `converged`.
+        info: what is known about it, numbers by name: `residual`, the largest entry of ∇_y g in
+            the tangent space (by `Ridge` of half the gradient of its squares); by solvers of
+            linear systems also `condition`, the condition number of the system or an upper bound
+            of it, infinite where the minimiser is not unique; by `Argmin` whether it `converged`.
     """
 
     fast: PyTree[Array]
@@ -96,6 +99,11 @@ class Quadratic(AbstractFastSolver):
 
     The Hessian ∇²_y g comes by automatic differentiation, in as many gradients as y has entries.
     Its eigenvalues below some ulp of the largest count as zero.
+
+    Where the problem's `fast_geometry` is the unit sphere, y is one vector and (∇²_y g + μ) y = b,
+    with the Lagrange multiplier μ above minus the smallest eigenvalue, which is where |y| = 1. The
+    condition is that of this matrix; it is infinite where y and its mirror image in the lowest
+    eigenvector do equally well.
     """
 
     def solve(
@@ -106,9 +114,20 @@ class Quadratic(AbstractFastSolver):
         start: PyTree[Array] | None = None,
     ) -> Solution:
         del start
+        _for_geometry(problem, self, (Euclidean, Sphere))
         zero, unravel = ravel_pytree(_zero(problem))
         gradient = jax.grad(lambda flat: objective(problem, slow, sample)(unravel(flat)))
         hessian = jax.jacfwd(gradient)(zero)
+        if isinstance(problem.fast_geometry, Sphere):
+            shape = jax.tree.map(lambda leaf: leaf.shape, problem.structure().fast)
+            if shape != zero.shape:
+                raise TypeError(
+                    f"`fast.Quadratic` on the sphere is for a fast variable that is one vector, "
+                    f"got {shape}. Use a solver of your own."
+                )
+            flat, condition = _on_sphere(hessian, gradient, zero)
+            info = {"residual": _residual(problem, slow, sample, unravel(flat))}
+            return Solution(unravel(flat), info | {"condition": condition})
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(hessian))
         fast = unravel(least_norm(hessian, lambda flat: -gradient(flat), zero))
         residual = _residual(problem, slow, sample, fast)
@@ -241,6 +260,7 @@ class Ridge(AbstractFastSolver):
         start: PyTree[Array] | None = None,
     ) -> Solution:
         del start
+        _for_geometry(problem, self, (Euclidean,))
         features, targets, penalty, prior = problem.ridge(slow, sample)
         count, size = features.shape
         dtype = features.dtype
@@ -315,6 +335,7 @@ class Argmin(AbstractFastSolver):
         sample: PyTree[Array] | None = None,
         start: PyTree[Array] | None = None,
     ) -> Solution:
+        _for_geometry(problem, self, (Euclidean,))
         start = _zero(problem) if start is None else start
 
         def loss(fast: PyTree[Array], args: Any) -> Array:
@@ -334,6 +355,8 @@ class Argmin(AbstractFastSolver):
 
 class GradientSteps(AbstractFastSolver):
     """`count` steps of gradient descent in y from the start: not the minimiser, but towards it.
+
+    They stay where the problem's `fast_geometry` has them, from zero or where zero is projected to.
 
     Attributes:
         count: the number of steps.
@@ -360,13 +383,17 @@ class GradientSteps(AbstractFastSolver):
         sample: PyTree[Array] | None = None,
         start: PyTree[Array] | None = None,
     ) -> Solution:
-        start = _zero(problem) if start is None else start
+        place = problem.fast_geometry
+        if start is None:
+            start = _zero(problem)
+            if not isinstance(place, Euclidean):
+                raise TypeError(
+                    f"`fast.GradientSteps` on a `{type(place).__name__}` needs a `start`, got None."
+                )
         gradient = jax.grad(objective(problem, slow, sample))
 
         def step(_: Any, fast: PyTree[Array]) -> PyTree[Array]:
-            return jax.tree.map(
-                lambda y, slope: y - (self.step_size * slope).astype(y.dtype), fast, gradient(fast)
-            )
+            return place.descend(fast, gradient(fast), self.step_size)
 
         fast = jax.lax.fori_loop(0, self.count, step, start)
         return Solution(fast, {"residual": _residual(problem, slow, sample, fast)})
@@ -426,6 +453,71 @@ def condition_of(eigenvalues: Float[Array, " k"]) -> Float[Array, ""]:
     return jnp.where(resolved | jnp.isnan(smallest), ratio, jnp.inf)
 
 
+def _on_sphere(
+    hessian: Float[Array, "k k"], gradient: Callable[[Array], Array], zero: Float[Array, " k"]
+) -> tuple[Float[Array, " k"], Float[Array, ""]]:
+    """The minimiser of a quadratic function on the unit sphere, and the condition number.
+
+    By the eigenvectors of the Hessian H: |(H + μ)⁻¹b| = 1 has one solution above minus the lowest
+    eigenvalue, to which Newton's method for 1/|y| = 1 rises from a lower bound. Then corrections as
+    in `least_norm`, of y and μ together, which also yield the derivatives.
+    """
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(hessian))
+    pull = vectors.T @ jax.lax.stop_gradient(-gradient(zero))
+    gaps = values - values[0]
+    tiny = jnp.finfo(hessian.dtype).eps * (jnp.abs(values).max() + jnp.linalg.norm(pull))
+
+    def parts(shift: Array) -> Array:
+        below = gaps + shift
+        return jnp.where(below > tiny, pull / jnp.where(below > tiny, below, 1.0), 0.0)
+
+    def rise(_: Any, shift: Array) -> Array:
+        below = gaps + shift
+        y = parts(shift)
+        length = jnp.linalg.norm(y)
+        slope = jnp.sum(y**2 / jnp.where(below > tiny, below, 1.0))
+        move = (length - 1.0) * length**2 / jnp.where(slope > 0.0, slope, 1.0)
+        return jnp.maximum(shift + jnp.where(slope > 0.0, move, 0.0), 0.0)
+
+    lower = jnp.abs(pull[0])
+    shift = jax.lax.fori_loop(0, 64, rise, lower)
+    open_end = shift <= tiny  # what is missing to length 1 then is along the lowest eigenvector
+    y = parts(shift)
+    missing = jnp.sqrt(jnp.maximum(1.0 - jnp.sum(y**2), 0.0))
+    y = y.at[0].add(jnp.where(open_end, missing, 0.0))
+    y = vectors @ (y / jnp.linalg.norm(y))
+    condition = jnp.where(open_end, jnp.inf, 1.0 + gaps[-1] / jnp.where(open_end, 1.0, shift))
+    flat = jnp.append(y, shift - values[0])
+    bordered = jnp.eye(y.size + 1, dtype=y.dtype)
+    known = jnp.block([[jax.lax.stop_gradient(hessian), y[:, None]], [y[None], jnp.zeros((1, 1))]])
+    known = known.at[jnp.arange(y.size), jnp.arange(y.size)].add(flat[-1])
+    bordered = jax.lax.stop_gradient(jnp.where(open_end, bordered, known))
+
+    def wrong(at: Array) -> Array:
+        y, multiplier = at[:-1], at[-1]
+        return -jnp.append(gradient(y) + multiplier * y, (y @ y - 1.0) / 2.0)
+
+    factor = jax.scipy.linalg.lu_factor(bordered)
+    keep = jnp.where(open_end, 0.0, 1.0)
+    solve = functools.partial(jax.scipy.linalg.lu_solve, factor)
+    flat = jax.lax.stop_gradient(flat)
+    flat = _corrected(lambda right: keep * solve(right), wrong, flat)
+    return flat[:-1], condition
+
+
+def _for_geometry(
+    problem: "AbstractProblem", solver: AbstractFastSolver, kinds: tuple[type, ...]
+) -> None:
+    """Refuse a problem whose fast variable lives elsewhere."""
+    place = problem.fast_geometry
+    if not isinstance(place, kinds):
+        raise TypeError(
+            f"`fast.{type(solver).__name__}` is for a fast variable in a geometry of "
+            f"{[kind.__name__ for kind in kinds]}, got a `{type(place).__name__}`. Use "
+            f"`fast.GradientSteps` or a solver of your own."
+        )
+
+
 def _zero(problem: "AbstractProblem") -> PyTree[Array]:
     form = problem.structure().fast
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), form)
@@ -437,5 +529,6 @@ def _residual(
     sample: PyTree[Array] | None,
     fast: PyTree[Array],
 ) -> Array:
-    slopes = jax.tree.leaves(jax.grad(objective(problem, slow, sample))(fast))
+    slopes = jax.grad(objective(problem, slow, sample))(fast)
+    slopes = jax.tree.leaves(problem.fast_geometry.tangent(fast, slopes))
     return jnp.max(jnp.stack([jnp.max(jnp.abs(slope), initial=0.0) for slope in slopes]))

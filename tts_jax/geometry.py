@@ -48,6 +48,25 @@ class AbstractGeometry(eqx.Module):
         """Where a step from a point of the set ends."""
         return self.project(jax.tree.map(jnp.add, point, step))
 
+    def descend(
+        self,
+        point: PyTree[Array],
+        slope: PyTree[Array],
+        step_size: Float[ArrayLike, ""],
+        temperature: Float[ArrayLike, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> PyTree[Array]:
+        """A step of gradient descent, of Langevin dynamics where there is a temperature T: along
+        the velocity that −slope causes and the noise √(2 T step_size)."""
+        velocity = self.velocity(point, jax.tree.map(jnp.negative, slope))
+        step = jax.tree.map(lambda v: step_size * v, velocity)
+        if temperature is not None:
+            assert key is not None
+            size = jnp.sqrt(2.0 * jnp.asarray(temperature) * step_size)
+            step = jax.tree.map(lambda v, z: v + size * z, step, self.noise(point, key))
+        step = jax.tree.map(lambda v, x: v.astype(x.dtype), step, point)
+        return self.retract(point, step)
+
     def distance(self, point: PyTree[Array]) -> Float[Array, ""]:
         """How far a point is from the set: the largest change of a coordinate by `project`."""
         near = self.project(point)

@@ -7,16 +7,14 @@ variable and the gradient both see.
 """
 
 import abc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from tts_jax import _checks
 from tts_jax.fast import AbstractFastSolver
-from tts_jax.geometry import Euclidean
 
 
 if TYPE_CHECKING:
@@ -25,6 +23,11 @@ if TYPE_CHECKING:
 
 class AbstractRegime(eqx.Module):
     """One step of the fast variable, and the slope that the slow one then follows."""
+
+    @property
+    def random(self) -> bool:
+        """Whether a step needs a key even where the fast variable has no noise."""
+        return False
 
     @abc.abstractmethod
     def step(
@@ -43,7 +46,8 @@ class AbstractRegime(eqx.Module):
             state: the old state.
             sample: the sample of this step.
             step_size: that of the fast variable.
-            key: for the noise of the fast variable, `None` where it has none.
+            key: for the noise of the fast variable, `None` where it has none and the regime is
+                not `random`.
             gradient: the estimator, one of `problem.gradients`.
         """
 
@@ -82,9 +86,16 @@ class Inner(AbstractRegime):
 
     Attributes:
         steps: their number k.
+        restart: whether the fast variable begins anew each time, from a new start of
+            `problem.init`, instead of going on from where it was: the nested loop of a sampler.
     """
 
     steps: int = eqx.field(static=True)
+    restart: bool = eqx.field(static=True, default=False)
+
+    @property
+    def random(self) -> bool:
+        return self.restart
 
     def __check_init__(self) -> None:
         remedy = "It is the number of steps of the fast variable for each of the slow one."
@@ -104,7 +115,12 @@ class Inner(AbstractRegime):
             mine = None if key is None else jax.random.fold_in(key, index)
             return _descend(problem, fast, slope, step_size, mine)
 
-        fast = jax.lax.fori_loop(0, self.steps, inner, state.fast)
+        start = state.fast
+        if self.restart:
+            assert key is not None  # `sgd` has checked
+            start = problem.init(key=jax.random.fold_in(key, self.steps)).fast
+            start = jax.tree.map(lambda new, old: new.astype(old.dtype), start, state.fast)
+        fast = jax.lax.fori_loop(0, self.steps, inner, start)
         return fast, problem.sample_gradient(fast, state.slow, sample, gradient=gradient)[1]
 
     def ratio(self, epsilon: float) -> float:
@@ -211,17 +227,5 @@ def _descend(
     step_size: Float[Array, ""],
     key: PRNGKeyArray | None,
 ) -> PyTree[Array]:
-    fast = jax.tree.map(lambda y, g: y + (-step_size * g).astype(y.dtype), fast, slope)
-    temperature = problem.temperature.fast
-    if temperature is None:
-        return fast
-    assert key is not None  # `sgd` has checked
-    return add_noise(fast, Euclidean().noise(fast, key), temperature, step_size)
-
-
-def add_noise(
-    point: PyTree[Array], noise: PyTree[Array], temperature: Any, step_size: Float[Array, ""]
-) -> PyTree[Array]:
-    """Point + √(2 T h) · noise."""
-    size = jnp.sqrt(2.0 * jnp.asarray(temperature) * step_size)
-    return jax.tree.map(lambda x, z: x + (size * z).astype(x.dtype), point, noise)
+    heat = problem.temperature.fast
+    return problem.fast_geometry.descend(fast, slope, step_size, heat, key)
