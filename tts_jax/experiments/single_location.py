@@ -8,13 +8,13 @@ Experiments and drawings go together as in `varpro`:
     data = compute(settings_of("single_location"), PUBLISHED)
     figure = draw_published(data)
 
-A seed has *found* the solution if |κ| and |ν| are above 0.95 and of one sign, (k, v) ≈ ±(k*, v*). Its
-roles are *swapped* if |η| is above 0.95 instead: k ≈ ±v*.
+A seed has *found* the solution if |κ| and |ν| are above 0.95 and of one sign, (k, v) ≈ ±(k*, v*).
+Its roles are *swapped* if |η| is above 0.95 instead: k ≈ ±v*.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import tts_jax as tts
 from tts_jax import _checks, plot
 from tts_jax.experiments import _study
-from tts_jax.experiments._panels import legend, settings_from
+from tts_jax.experiments._panels import settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -46,8 +46,8 @@ class Case:
         epsilon: ε; `None` eliminates v.
         step_size: h of the fast variable, of k where v is eliminated.
         end: the slow time at which it ends.
-        start: of `SingleLocation`, or `"grid"`: the grid of (κ, ν) on the manifold, or
-            `"around"`: a grid with random other overlaps.
+        start: of `SingleLocation`, or `"grid"`: a grid of (κ, ν) on the manifold, or `"around"`: a
+            grid of small ones with random other overlaps.
         scheduled: whether λ falls like 1/(1 + τ).
         batch: whether steps are on batches of 5 prompts with d = 80 and noise 0.1.
         many: whether it has the seeds of a sweep.
@@ -97,12 +97,12 @@ CASES: dict[str, Case] = {
     "schedule_half": _speed(0.0125),
     "basins": Case("on the manifold", start="grid"),
     "basins_around": Case("around the manifold", start="around"),
-    "basins_limit": Case("v eliminated", epsilon=None, step_size=2e-2, start="around"),
 }
 PUBLISHED = ("manifold", "large_gain", "small_gain", "schedule", "batches")
 FAST = tuple(name for name in CASES if name.startswith("fast_"))
 SCHEDULE = tuple(name for name in CASES if name.startswith("schedule_"))
-BASINS = ("basins", "basins_around", "basins_limit")
+BASINS = ("basins", "basins_around")
+ZOOM = 0.25  # κ and ν of the starts around the manifold
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Settings:
         seeds: runs of each of the published experiments.
         hurry: the schedule on batches falls so many times faster, in so many times fewer steps.
         many: runs of each of a sweep.
-        grid: points of κ, and of ν, of the basins.
-        draws: starts around each point.
+        grid: points of κ, and of ν, of the basins; half as many around the manifold.
+        draws: starts around each of these.
         records: recorded times, evenly spaced from 0.
         key: integer from which all random keys are made.
     """
@@ -122,7 +122,7 @@ class Settings:
     seeds: int = 30
     hurry: float = 5.0
     many: int = 100
-    grid: int = 15
+    grid: int = 28
     draws: int = 8
     records: int = 101
     key: int = 0
@@ -142,7 +142,7 @@ class Settings:
 
 
 _QUICK = Settings()
-_PAPER = Settings(hurry=1.0, many=400, grid=31, draws=20)
+_PAPER = Settings(hurry=1.0, many=400, grid=60, draws=24)
 SETTINGS: dict[str, dict[str, Settings]] = {"single_location": {"quick": _QUICK, "paper": _PAPER}}
 
 
@@ -207,21 +207,23 @@ def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
     if case.start in ("grid", "around"):
         steps = steps[[0, -1]]
     tau = np.unique(steps) * per_step
-    return tts.sgd(problem, key=jax.random.key(settings.key), tau=tau, progress=progress, **step)
+    run = tts.sgd(problem, key=jax.random.key(settings.key), tau=tau, progress=progress, **step)
+    draws = settings.draws if case.start == "around" else 1
+    return replace(run, settings=run.settings | {"draws": np.asarray(draws)})
 
 
-def _axis(settings: Settings) -> np.ndarray:
-    """The values of κ and ν of the basins; none is 0, which is a saddle."""
-    count = settings.grid - settings.grid % 2
-    return (np.arange(count) + 0.5) * 2.0 / count - 1.0
+def _axis(count: int, end: float) -> np.ndarray:
+    """The midpoints of `count` intervals of [−end, end]."""
+    return ((np.arange(count) + 0.5) * 2.0 / count - 1.0) * end
 
 
 def _starts(settings: Settings, case: Case) -> tts.State:
-    axis = _axis(settings)
+    around = case.start == "around"
+    axis = _axis(settings.grid // 2, ZOOM) if around else _axis(settings.grid, 1.0)
     problem = settings.problem(case)
     assert isinstance(problem, tts.SingleLocation)
     kappa, nu = (part.ravel() for part in np.meshgrid(axis, axis, indexing="ij"))
-    if case.start == "grid":
+    if not around:
         return problem.state(kappa=kappa, nu=nu)
     # what else k and v have is random in the space across k*, and v* respectively
     rng = np.random.default_rng(settings.key)
@@ -295,8 +297,8 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
             )
         )
     notes = (
-        f"Found: |κ| and |ν| above {NEAR:g} and of one sign. Swapped: |η| above {NEAR:g}. Medians over",
-        "the seeds that reached the end; the distance is that to the manifold θ = η = ρ = 0.",
+        f"Found: |κ| and |ν| above {NEAR:g} and of one sign. Swapped: |η| above {NEAR:g}. Medians",
+        "over the seeds that reached the end; the distance is that to the manifold θ = η = ρ = 0.",
     )
     return Table(header, rows, notes)
 
@@ -304,15 +306,26 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
 # --- drawings -------------------------------------------------------------------------------
 
 
-def _curves(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int) -> None:
-    """The median over seeds, and the band of 95 % of them."""
+def _curves(
+    ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int, band: bool = True
+) -> None:
+    """The median over seeds, and the band of 95 % of them unless there are several kinds."""
     dashes = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))[place % 4]
     values, color = np.asarray(values), plot.COLORS[place % len(plot.COLORS)]
     steps = np.asarray(run.tau)
     ax.plot(steps, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
-    if values.shape[0] > 1:
+    if band and values.shape[0] > 1:
         low, high = np.nanquantile(values, (0.025, 0.975), axis=0)
         ax.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
+
+
+def _each(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int, mixed: bool) -> None:
+    """Median and band, or every seed where outcomes are mixed."""
+    if not mixed:
+        return _curves(ax, run, values, label, place)
+    lines = ax.plot(run.tau, np.asarray(values).T, color=plot.COLORS[place], lw=0.7, alpha=0.6)
+    lines[0].set_label(label)
+    return None
 
 
 def _plane(ax: Axes) -> None:
@@ -323,20 +336,21 @@ def _plane(ax: Axes) -> None:
 
 @plot.theme()
 def draw_published(data: Mapping[str, tts.Trajectory]) -> Figure:
-    """The five published experiments: excess risk, |κ| and |ν|, the way in the plane of κ and ν, and
-    the distance to the manifold."""
+    """The five published experiments: excess risk, |κ| and |ν|, the way in the plane of κ and ν,
+    and the distance to the manifold."""
     cases = [name for name in PUBLISHED if name in data]
-    figure = plot.figure(9.6, 2.15 * len(cases))
+    figure = plot.figure(9.6, 2.1 * len(cases))
     rows = figure.subplots(len(cases), 4, squeeze=False)
     for (risk, aligned, plane, distance), name in zip(rows, cases, strict=True):
         run, case = data[name], CASES[name]
+        good = found(run)
+        mixed = 0 < good.sum() < good.size
         _curves(risk, run, run.loss, "excess risk", 0)
         risk.set_ylabel(case.about, fontsize="small")
         risk.set_ylim(bottom=0.0)
         for place, (seen, label) in enumerate((("kappa", "|κ|"), ("nu", "|ν|"))):
-            _curves(aligned, run, np.abs(run.observables[seen]), label, place)
+            _each(aligned, run, np.abs(run.observables[seen]), label, place, mixed)
         aligned.set_ylim(-0.03, 1.05)
-        good = found(run)
         kappa, nu = (np.asarray(run.observables[seen]) for seen in ("kappa", "nu"))
         for seed, hit in enumerate(good):
             color = plot.COLORS[2] if hit else plot.COLORS[1]
@@ -346,11 +360,11 @@ def draw_published(data: Mapping[str, tts.Trajectory]) -> Figure:
         plane.set_title(f"{good.sum()} of {good.size} found", fontsize="small")
         far = np.asarray(run.observables["manifold_distance"])
         if np.any(far > 0.0):
-            _curves(distance, run, np.maximum(far, 1e-12), "distance to the manifold", 0)
+            _each(distance, run, np.maximum(far, 1e-12), "distance to the manifold", 0, mixed)
             distance.set_yscale("log")
             distance.set_ylim(1e-9, 3.0)
         else:
-            distance.set_yticks([])
+            distance.set(xlim=risk.get_xlim(), yticks=[])
             distance.text(0.5, 0.5, "0 to the last bit", ha="center", transform=distance.transAxes)
     for ax, title in zip(rows[0], ("excess risk", "alignment", "", "distance to M"), strict=True):
         if title:
@@ -363,13 +377,23 @@ def draw_published(data: Mapping[str, tts.Trajectory]) -> Figure:
 
 def _shares(ax: Axes, runs: Sequence[tts.Trajectory], at: Any) -> None:
     """The shares of seeds that found the solution, and that swapped roles, with 95 % intervals."""
-    for place, (label, tell) in enumerate((("found", found), ("roles swapped", swapped))):
-        counted = np.array([np.sum(tell(run)) for run in runs])
-        total = np.asarray(runs[0].success).size
+    total = np.asarray(runs[0].success).size
+    hits, swaps = (np.array([np.sum(tell(run)) for run in runs]) for tell in (found, swapped))
+    kinds = [("found", hits, 2), ("roles swapped", swaps, 1)]
+    if np.any(hits + swaps < total):
+        kinds.append(("neither at the end", total - hits - swaps, 0))
+    for label, counted, color in kinds:
         low, high = _study.wilson(counted, total)
-        share, color = counted / total, plot.COLORS[2 - place]
+        share, color = counted / total, plot.COLORS[color]
         ax.errorbar(
-            at, share, (share - low, high - share), fmt="o-", ms=4, capsize=2, color=color, label=label
+            at,
+            share,
+            (share - low, high - share),
+            fmt="o-",
+            ms=4,
+            capsize=2,
+            color=color,
+            label=label,
         )
     ax.set_ylim(-0.03, 1.03)
     ax.set_ylabel("share of the seeds")
@@ -377,8 +401,8 @@ def _shares(ax: Axes, runs: Sequence[tts.Trajectory], at: Any) -> None:
 
 @plot.theme()
 def draw_fast(data: Mapping[str, tts.Trajectory]) -> Figure:
-    """v faster than k, at λ = 0.1 from the sphere: outcomes against ε, and one seed at ε = 1 and with
-    v eliminated."""
+    """v faster than k, at λ = 0.1 from the sphere: outcomes against ε, and one seed at ε = 1 and
+    with v eliminated."""
     names = [name for name in FAST if name in data]
     figure = plot.figure(9.3, 3.0)
     left, *ways = figure.subplots(1, 3)
@@ -393,9 +417,7 @@ def draw_fast(data: Mapping[str, tts.Trajectory]) -> Figure:
     joint, limit = data["fast_1"], data["fast_limit"]
     apart = np.flatnonzero(swapped(joint) & found(limit))
     seed = int(apart[0]) if apart.size else 0
-    for ax, run, title in zip(
-        ways, (joint, limit), ("ε = 1", "v eliminated"), strict=True
-    ):
+    for ax, run, title in zip(ways, (joint, limit), ("ε = 1", "v eliminated"), strict=True):
         for place, (seen, label) in enumerate(
             (("kappa", "|κ|"), ("nu", "|ν|"), ("theta", "|θ|"), ("eta", "|η|"))
         ):
@@ -422,12 +444,12 @@ def draw_schedule(data: Mapping[str, tts.Trajectory]) -> Figure:
     left.legend(fontsize="small")
     for place, name in enumerate(names[::-2]):
         run = data[name]
-        _curves(risk, run, np.abs(run.observables["kappa"]), CASES[name].about, place)
+        _curves(risk, run, np.abs(run.observables["kappa"]), CASES[name].about, place, False)
         far = np.maximum(np.asarray(run.observables["manifold_distance"]), 1e-12)
-        _curves(distance, run, far, CASES[name].about, place)
-    risk.set(ylim=(-0.03, 1.05), xlabel="slow time τ, λ = 1/(1 + τ)", title="|κ|")
+        _curves(distance, run, far, CASES[name].about, place, False)
+    risk.set(ylim=(-0.03, 1.05), xlabel="slow time τ, λ = 1/(1 + τ)", title="|κ|, median")
     distance.set(yscale="log", ylim=(1e-9, 3.0), xlabel="slow time τ, λ = 1/(1 + τ)")
-    distance.set_title("distance to the manifold")
+    distance.set_title("distance to the manifold, median")
     risk.legend(fontsize="small", loc="lower right")
     plot.panel_letters([left, risk, distance])
     return figure
@@ -435,41 +457,38 @@ def draw_schedule(data: Mapping[str, tts.Trajectory]) -> Figure:
 
 @plot.theme()
 def draw_basins(data: Mapping[str, tts.Trajectory]) -> Figure:
-    """Where starts at (κ, ν) end: on the manifold, and the share that finds the solution around it,
-    at ε = 1 and with v eliminated."""
-    figure = plot.figure(9.3, 3.3)
-    panels = list(figure.subplots(1, 3))
-    names = [name for name in BASINS if name in data]
-    count = int(np.sqrt(np.asarray(data["basins"].success).size))
-    edges = np.linspace(-1.0, 1.0, count + 1)
-    titles = ("on the manifold", "around it, ε = 1", "around it, v eliminated")
-    for ax, name, title in zip(panels, names, titles, strict=True):
+    """Where starts at (κ, ν) end on the manifold, and how many around it find the solution."""
+    figure = plot.figure(8.2, 3.6)
+    left, right = figure.subplots(1, 2)
+    for ax, name, end in ((left, "basins", 1.0), (right, "basins_around", ZOOM)):
         run = data[name]
-        hit = found(run).reshape(count, count, -1)
-        side = np.sign(_end(run, "kappa")).reshape(hit.shape)
+        hit, side = found(run), np.sign(_end(run, "kappa"))
+        draws = 1 if name == "basins" else int(run.settings["draws"])
+        count = int(np.sqrt(hit.size // draws))
+        edges = np.linspace(-end, end, count + 1)
         if name == "basins":
-            value, colors, ends = (hit * side).mean(axis=-1), "RdBu", (-1.4, 1.4)
+            value, colors, ends = hit * side, "RdBu", (-1.4, 1.4)
         else:
-            value, colors, ends = hit.mean(axis=-1), "viridis", (0.0, 1.0)
+            value, colors, ends = hit, "viridis", (0.0, 1.0)
+        value = value.reshape(count, count, draws).mean(axis=-1)
         mesh = ax.pcolormesh(edges, edges, value.T, cmap=colors, vmin=ends[0], vmax=ends[1])
         mesh.set_rasterized(True)
-        _plane(ax)
-        ax.set(xlim=(-1, 1), ylim=(-1, 1), xlabel="κ at τ = 0", title=title)
-        ax.set_ylabel("ν at τ = 0")
-        if name == "basins":
-            ax.text(0.55, 0.55, "(1, 1)", ha="center", color="white")
-            ax.text(-0.55, -0.55, "(−1, −1)", ha="center", color="white")
-            _field(ax, run)
-        elif name == names[-1]:
-            figure.colorbar(mesh, ax=panels[1:], label="share that finds the solution")
-    plot.panel_letters(panels)
+        ax.set(aspect="equal", xlabel="κ at τ = 0", ylabel="ν at τ = 0")
+    left.set_title("on the manifold")
+    right.set_title("around the manifold")
+    figure.colorbar(mesh, ax=right, label="share that finds the solution", shrink=0.8)
+    _field(left, data["basins"])
+    box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    for sign, text in ((1, "to (1, 1)"), (-1, "to (−1, −1)")):
+        left.text(0.55 * sign, 0.55 * sign, text, ha="center", va="center", bbox=box)
+    plot.panel_letters([left, right])
     return figure
 
 
 def _field(ax: Axes, run: tts.Trajectory) -> None:
     """The velocity on the manifold, in the plane of κ and ν, all arrows of one length."""
     problem = tts.SingleLocation(gain=float(np.ravel(run.settings["gain"])[0]))
-    axis = (np.arange(9) + 0.5) * 2.0 / 9 - 1.0
+    axis = _axis(9, 1.0)
     kappa, nu = (part.ravel() for part in np.meshgrid(axis, axis))
     with jax.enable_x64(True):
         velocity = jax.vmap(problem.fields)(*problem.state(kappa=kappa, nu=nu))

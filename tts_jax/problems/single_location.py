@@ -10,12 +10,13 @@ has to find which token it is, and what to read there. Its risk is a function of
 
     κ = ⟨k, k*⟩,   ν = ⟨v, v*⟩,   θ = ⟨v, k*⟩,   η = ⟨k, v*⟩,   ρ = ⟨k, v⟩.
 
-Gradients lie in the span of k*, v*, k, v, so that projected gradient descent in ℝ^d is the same as in
-ℝ⁴: the form `"overlaps"` runs it there, `"vectors"` in ℝ^d. Without loss of generality k* and v* are
-the first two unit vectors. Descent on batches is closed too, in law: see `sample_gradient`.
+Gradients lie in the span of k*, v*, k, v, so that projected gradient descent in ℝ^d is closed in
+these five: the form `"overlaps"` runs it with vectors of six entries, `"vectors"` of d. Without loss
+of generality k* and v* are the first two unit vectors. Descent on batches is closed too, in law: see
+`prompt_gradient`.
 
-The paper moves k and v at one rate. T is linear in v, so `SingleLocation` has v as the fast and k as
-the slow variable; ε = 1 is the published descent. `ScheduledLocation` has k and v fast and the
+The paper moves k and v at one rate. T is linear in v, so `SingleLocation` has v as the fast and k
+as the slow variable; ε = 1 is the published descent. `ScheduledLocation` has k and v fast and the
 published schedule λ/(1 + τ) of the gain as the slow drift.
 """
 
@@ -265,9 +266,9 @@ class AbstractLocation(AbstractProblem):
         """The prompts of one step: `tokens [batch, L, d]` of which the first one tells, and
         `labels [batch]`; without a batch nothing.
 
-        In the form `"overlaps"` tokens have 4 entries, along k*, v* and the plane of what else k and
-        v have, wherever that is; `rest [3]` is the Cholesky factor of a Wishart matrix, by Bartlett,
-        for the other d − 4. Normal numbers are drawn in float32.
+        In the form `"overlaps"` tokens have 4 entries, along k*, v* and the plane of what else k
+        and v have, wherever that is; `rest [3]` is the Cholesky factor of a Wishart matrix, by
+        Bartlett, for the other d − 4. Normal numbers are drawn in float32.
         """
         if self.batch is None:
             return {}
