@@ -55,6 +55,11 @@ FigureName = Literal[
     "varpro_two_timescale",
     "varpro_density",
     "varpro",
+    "single_location_published",
+    "single_location_fast",
+    "single_location_schedule",
+    "single_location_basins",
+    "single_location",
 ]
 AnimationName = Literal["two_timescale", "same_rate", "varpro"]
 StudyName = Literal["convergence", "initialisation"]
@@ -109,7 +114,8 @@ def reproduce(
         tyro.conf.arg(
             metavar="[figure1|figure2|figure3|figure4|figure5|figure6|figure7|figure_2d|figure_10d|"
             "figure_relu|proof|all|varpro_widths|varpro_penalty|varpro_gamma|varpro_two_timescale|"
-            "varpro_density|varpro]",
+            "varpro_density|varpro|single_location_published|single_location_fast|"
+            "single_location_schedule|single_location_basins|single_location]",
             help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
             "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
             "and the limits. figure5: one learning rate for both layers, ε = 1. figure6: two "
@@ -120,7 +126,10 @@ def reproduce(
             "varpro_penalty, varpro_gamma: risk and distances against time for several widths, "
             "penalties λ (unbiased and biased) and teachers γ. varpro_two_timescale: variable "
             "projection against two-timescale descent. varpro_density: the density of the features "
-            "beside the ultra-fast diffusion. varpro: all of these.",
+            "beside the ultra-fast diffusion. varpro: all of these. Of Marion, Berthier, Biau & "
+            "Boyer, single_location_published: the five published experiments. "
+            "single_location_fast: v faster than k. single_location_schedule: speeds of the "
+            "schedule. single_location_basins: where starts end. single_location: all of these.",
         ),
     ] = "all",
     *,
@@ -130,7 +139,8 @@ def reproduce(
             help="paper: the paper's step size 1e-5 throughout, which is 1.75e8 steps for figures "
             "3 and 4; for varpro 1024 features, 4096 data and 32,000 epochs. quick: 1e-3 for "
             "figures 3 and 4, the published quick configuration, the others as in the paper; "
-            "for varpro 128 features, 512 data and 2048 epochs."
+            "for varpro 128 features, 512 data and 2048 epochs; for single_location the published "
+            "steps, but for a fifth of them on batches."
         ),
     ] = "quick",
     seeds: Annotated[
@@ -140,15 +150,16 @@ def reproduce(
             help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
             "positions; the sketches draw no other.",
             help_behavior_hint="(default: 32, for figure7 64, for figure6 and the box plots after "
-            "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2)",
+            "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2, for "
+            "single_location 30; its sweeps have numbers of their own)",
         ),
     ] = None,
     out: Annotated[
         Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
     ] = Path("results"),
 ) -> int:
-    """Reproduce figures of Marion & Berthier (2023, arXiv 2304.09576) and of Barboni, Peyré &
-    Vialard (2025, arXiv 2504.18208).
+    """Reproduce figures of Marion & Berthier (2023, arXiv 2304.09576), of Barboni, Peyré &
+    Vialard (2025, arXiv 2504.18208) and of Marion, Berthier, Biau & Boyer (2025, arXiv 2410.01537).
 
     Writes a PNG, a PDF and the netCDF data behind each figure, and prints a table of final
     losses and recovered jumps. `tts_jax.load` reads the data. Figures 3 and 4 share one run of
@@ -178,21 +189,25 @@ def _figures() -> "dict[str, FigureSpec]":
 
 def _systems() -> "dict[str, dict[str, FigureSpec]]":
     """The figures of each published system, by the name that stands for all of them."""
-    from tts_jax.experiments import additive, marion_berthier, varpro
+    from tts_jax.experiments import additive, marion_berthier, single_location, varpro
 
-    return {"all": marion_berthier.FIGURES | additive.FIGURES, "varpro": varpro.FIGURES}
+    return {
+        "all": marion_berthier.FIGURES | additive.FIGURES,
+        "varpro": varpro.FIGURES,
+        "single_location": single_location.FIGURES,
+    }
 
 
 def _reproduced(
     groups: "dict[str, list[str]]", scale: Scale, seeds: int | None, out: Path
 ) -> "_Report":
     """Compute, write and draw the figures, those that share an experiment together."""
-    from tts_jax.experiments import additive, marion_berthier, varpro
+    from tts_jax.experiments import additive, marion_berthier, single_location, varpro
 
     report = _Report()
     for experiment, names in groups.items():
         specs = {name: _figures()[name] for name in names}
-        homes = (additive, marion_berthier, varpro)
+        homes = (additive, marion_berthier, single_location, varpro)
         home = next(one for one in homes if experiment in one.SETTINGS)
         settings = home.settings_of(experiment, scale, seeds)
         methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))

@@ -356,6 +356,8 @@ def draw_published(data: Mapping[str, tts.Trajectory]) -> Figure:
             color = plot.COLORS[2] if hit else plot.COLORS[1]
             plane.plot(kappa[seed], nu[seed], color=color, lw=0.7, alpha=0.7)
             plane.plot(kappa[seed, -1], nu[seed, -1], ".", color=color, ms=5)
+        for ax in (risk, aligned, distance):
+            ax.set_xlim(0.0, np.asarray(run.tau)[-1])
         _plane(plane)
         plane.set_title(f"{good.sum()} of {good.size} found", fontsize="small")
         far = np.asarray(run.observables["manifold_distance"])
@@ -364,7 +366,7 @@ def draw_published(data: Mapping[str, tts.Trajectory]) -> Figure:
             distance.set_yscale("log")
             distance.set_ylim(1e-9, 3.0)
         else:
-            distance.set(xlim=risk.get_xlim(), yticks=[])
+            distance.set_yticks([])
             distance.text(0.5, 0.5, "0 to the last bit", ha="center", transform=distance.transAxes)
     for ax, title in zip(rows[0], ("excess risk", "alignment", "", "distance to M"), strict=True):
         if title:
@@ -473,7 +475,9 @@ def draw_basins(data: Mapping[str, tts.Trajectory]) -> Figure:
         value = value.reshape(count, count, draws).mean(axis=-1)
         mesh = ax.pcolormesh(edges, edges, value.T, cmap=colors, vmin=ends[0], vmax=ends[1])
         mesh.set_rasterized(True)
-        ax.set(aspect="equal", xlabel="κ at τ = 0", ylabel="ν at τ = 0")
+        ticks = np.linspace(-end, end, 5)
+        ax.set(xticks=ticks, yticks=ticks, aspect="equal")
+        ax.set(xlabel="κ at τ = 0", ylabel="ν at τ = 0")
     left.set_title("on the manifold")
     right.set_title("around the manifold")
     figure.colorbar(mesh, ax=right, label="share that finds the solution", shrink=0.8)

@@ -11,9 +11,9 @@ has to find which token it is, and what to read there. Its risk is a function of
     κ = ⟨k, k*⟩,   ν = ⟨v, v*⟩,   θ = ⟨v, k*⟩,   η = ⟨k, v*⟩,   ρ = ⟨k, v⟩.
 
 Gradients lie in the span of k*, v*, k, v, so that projected gradient descent in ℝ^d is closed in
-these five: the form `"overlaps"` runs it with vectors of six entries, `"vectors"` of d. Without loss
-of generality k* and v* are the first two unit vectors. Descent on batches is closed too, in law: see
-`prompt_gradient`.
+these five: the form `"overlaps"` runs it with vectors of six entries, `"vectors"` of d. Without
+loss of generality k* and v* are the first two unit vectors. Descent on batches is closed too, in
+law: see `prompt_gradient`.
 
 The paper moves k and v at one rate. T is linear in v, so `SingleLocation` has v as the fast and k
 as the slow variable; ε = 1 is the published descent. `ScheduledLocation` has k and v fast and the
@@ -26,6 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.scipy.special import erf
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
@@ -153,15 +154,15 @@ class AbstractLocation(AbstractProblem):
         theta: Float[ArrayLike, "..."] = 0.0,
         eta: Float[ArrayLike, "..."] = 0.0,
         rho: Float[ArrayLike, "..."] = 0.0,
-    ) -> tuple[Float[Array, "... n"], Float[Array, "... n"]]:
-        """Unit vectors (k, v) with these overlaps.
+    ) -> tuple[Any, Any]:
+        """Unit vectors (k, v), `[..., n]`, with these overlaps.
 
         Raises:
             ValueError: no unit vectors have them.
         """
         near = 1e-9 if jnp.result_type(float) == jnp.float64 else 1e-6
         given = (kappa, nu, theta, eta, rho)
-        concrete = not any(isinstance(one, jax.core.Tracer) for one in given)
+        concrete = not any(isinstance(one, Tracer) for one in given)
         number = np if concrete else jnp  # NumPy keeps 64 bits whatever the global setting
         kappa, nu, theta, eta, rho = number.broadcast_arrays(
             *(number.asarray(one, float) for one in given)
@@ -326,7 +327,8 @@ class AbstractLocation(AbstractProblem):
         tokens = sample["tokens"]  # [batch, L, 4]
         x = gain * jnp.sum(tokens * near_k, axis=-1)
         seen, read = erf(x), jnp.sum(tokens * near_v, axis=-1)
-        misfit = 2.0 * (jnp.sum(seen * read, axis=-1) - sample["labels"]) / self.batch
+        misfit = jnp.sum(seen * read, axis=-1) - sample["labels"]
+        misfit = 2.0 * misfit / misfit.shape[0]
         of_v = misfit[:, None] * seen
         of_k = misfit[:, None] * gain * _slope(x) * read
         # the spread of each token in the directions that it does not tell
@@ -466,6 +468,17 @@ class ScheduledLocation(AbstractLocation):
     dims: ClassVar = {"fast": ("axis",), "slow": ()}
     envelope: ClassVar = False
 
+    def __init__(self, **options: Any) -> None:
+        """Build the problem.
+
+        Args:
+            options: `dimension`, `tokens`, `gain`, `spread`, `noise`, `batch`, `form`, `start`.
+
+        Raises:
+            ValueError: as of `SingleLocation`.
+        """
+        super().__init__(**options)
+
     def init(self, *, key: PRNGKeyArray) -> State:
         k, v = self.draw(key)
         return State({"k": k, "v": v}, 0.0 * k[0])
@@ -581,7 +594,7 @@ def _integer(name: str, value: Any, least: int, remedy: str) -> int:
 
 
 def _number(name: str, value: Any, what: str, good: Any) -> Any:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     array = np.asarray(value, dtype=np.float64)
     if array.ndim != 0 or not np.isfinite(array) or not good(array):
