@@ -8,11 +8,12 @@ from scipy.integrate import quad
 from scipy.special import erf, owens_t
 
 import tts_jax as tts
-from tts_jax import regime
 from tts_jax.problems import single_location
 
 
 KEY = jax.random.key(0)
+# the published descent; runs of 30 seeds share what is compiled
+OPTIONS = {"key": KEY, "epsilon": 1.0, "step_size": 4e-3, "tau": [0.0, 80.0]}
 NAMES = ("kappa", "nu", "theta", "eta", "rho")
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(120)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -52,7 +53,7 @@ def test_the_mean_square_of_erf():
     t, g = np.meshgrid(np.linspace(-14.0, 14.0, 57), [0.0, 0.05, 0.3, 0.64, 1.4, 3.0])
     h, a = np.sqrt(2) * t / np.sqrt(1 + 2 * g**2), 1 / np.sqrt(1 + 4 * g**2)
     with jax.enable_x64(True):
-        zeta = single_location.mean_square_erf
+        zeta = jax.jit(single_location.mean_square_erf)
         np.testing.assert_allclose(
             zeta(jnp.asarray(t), jnp.asarray(g)), 1 - 8 * owens_t(h, a), atol=1e-14
         )
@@ -63,8 +64,8 @@ def test_the_mean_square_of_erf():
 
         expected = quad(density, -12, 12, epsabs=1e-13)[0]
         np.testing.assert_allclose(zeta(*map(jnp.asarray, at)), expected, rtol=1e-12)
-        first = jax.grad(zeta, argnums=(0, 1))
-        hessian = jax.hessian(zeta, argnums=(0, 1))
+        first = jax.jit(jax.grad(zeta, argnums=(0, 1)))
+        hessian = jax.jit(jax.hessian(zeta, argnums=(0, 1)))
         step, found = 1e-5, first(*at)
         for axis in range(2):
             up, down = (tuple(np.add(at, sign * step * np.eye(2)[axis])) for sign in (1, -1))
@@ -141,20 +142,20 @@ def test_on_the_manifold():
         return problem.risk(k, jnp.stack([theta, nu, b, 0.0 * b]), problem.gain)
 
     with jax.enable_x64(True):
+        slopes, loss = jax.jit(jax.grad(of_overlaps)), jax.jit(problem.loss)
+        zetas, both = jax.jit(single_location.mean_square_erf), jax.jit(problem.fields)
         for kappa, nu in [(0.3, -0.5), (-0.2, 0.1), (0.7, 0.9)]:
             state = problem.state(kappa=kappa, nu=nu)
-            zeta = single_location.mean_square_erf(
-                jnp.array([gain * shift * kappa, 0.0]), jnp.array([gain * spread, gain])
-            )
+            zeta = zetas(jnp.array([gain * shift * kappa, 0.0]), jnp.array([gain * spread, gain]))
             expected = spread**2 - 2 * spread**2 * nu * erf(c * kappa) + spread**2 * zeta[0]
-            np.testing.assert_allclose(problem.loss(*state), expected + 9 * zeta[1], rtol=1e-13)
-            found = jax.grad(of_overlaps)(jnp.array([kappa, nu, 0.0, 0.0, 0.0]))
+            np.testing.assert_allclose(loss(*state), expected + 9 * zeta[1], rtol=1e-13)
+            found = slopes(jnp.array([kappa, nu, 0.0, 0.0, 0.0]))
             expected = [slope(kappa, nu), -2 * spread**2 * erf(c * kappa), 0.0, 0.0, 0.0]
             np.testing.assert_allclose(found, expected, atol=1e-13)
         for kappa, nu in [(1, 1), (-1, -1), (1, -1), (-1, 1), (0, 0)]:
-            fields = problem.fields(*problem.state(kappa=kappa, nu=nu))
+            fields = both(*problem.state(kappa=kappa, nu=nu))
             np.testing.assert_allclose(np.concatenate(fields), 0.0, atol=1e-13)
-        bend = jax.hessian(of_overlaps)(jnp.zeros(5))[:2, :2]
+        bend = jax.jit(jax.hessian(of_overlaps))(jnp.zeros(5))[:2, :2]
         assert np.linalg.eigvalsh(bend)[0] < 0.0 < np.linalg.eigvalsh(bend)[1]
     # ±(1, 1) are the minima on [−1, 1]²: κ and ν are pushed out there, and not at (1, −1)
     assert slope(1.0, 1.0) < 0.0 < slope(-1.0, -1.0)
@@ -214,8 +215,8 @@ def test_steps_are_those_of_numpy():
 
 @pytest.fixture(scope="module")
 def starts():
-    """Overlaps of three pairs of random vectors."""
-    ks, vs = unit(3, 12, 6), unit(3, 12, 7)
+    """Overlaps of 30 pairs of random vectors."""
+    ks, vs = unit(30, 12, 6), unit(30, 12, 7)
     rows = [ks[:, 0], vs[:, 1], vs[:, 0], ks[:, 1], np.sum(ks * vs, axis=1)]
     return dict(zip(NAMES, rows, strict=True))
 
@@ -227,7 +228,7 @@ def test_five_overlaps_are_closed(starts):
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(398, 398)))
     for part in state:
         part[:, 2:] = part[:, 2:] @ turn
-    options = {"key": KEY, "epsilon": 0.5, "step_size": 4e-3, "tau": [0.0, 0.2, 1.0]}
+    options = {"key": KEY, "epsilon": 0.5, "step_size": 4e-3, "tau": [0.0, 1.0]}
     short = tts.sgd(few, state=few.state(**starts), **options)
     long = tts.sgd(many, state=state, **options)
     for name in NAMES:
@@ -236,7 +237,7 @@ def test_five_overlaps_are_closed(starts):
             short.observables[name], long.observables[name], rtol=0, atol=1e-11
         )
     np.testing.assert_allclose(short.loss, long.loss, rtol=1e-11)
-    assert np.all(np.abs(short.observables["kappa"][:, -1] - starts["kappa"]) > 1e-3)
+    assert np.median(np.abs(short.observables["kappa"][:, -1] - starts["kappa"])) > 1e-2
     np.testing.assert_allclose(np.linalg.norm(long.slow, axis=-1), 1.0, atol=1e-14)
 
 
@@ -258,7 +259,10 @@ def test_both_forms_start_from_the_same_vectors():
 def test_the_minimal_experiment():
     """All 30 starts on the manifold reach a minimum and never leave the manifold."""
     problem = tts.SingleLocation(start="manifold")
-    run = tts.sgd(problem, key=KEY, seeds=30, epsilon=1.0, step_size=4e-3, tau=[0.0, 80.0])
+    with jax.enable_x64(True):  # one program for all starts
+        state = jax.vmap(lambda key: problem.init(key=key))(jax.random.split(KEY, 30))
+    problem = tts.SingleLocation()
+    run = tts.sgd(problem, state=state, **OPTIONS)
     assert np.all(reached(run))
     with jax.enable_x64(True):
         least = float(problem.loss(*problem.state(kappa=1, nu=1)))
@@ -269,10 +273,9 @@ def test_the_minimal_experiment():
 
 def test_from_the_sphere():
     """λ = .9 reaches no minimum; λ = .1 some, the others the one with the roles swapped."""
-    options = {"key": KEY, "seeds": 30, "epsilon": 1.0, "step_size": 4e-3, "tau": [0.0, 80.0]}
-    wide = tts.sgd(tts.SingleLocation(gain=0.9), **options | {"step_size": 1e-3})
+    wide = tts.sgd(tts.SingleLocation(gain=0.9), seeds=30, **OPTIONS | {"step_size": 1e-3})
     assert not np.any(reached(wide))
-    run = tts.sgd(tts.SingleLocation(gain=0.1), **options)
+    run = tts.sgd(tts.SingleLocation(gain=0.1), seeds=30, **OPTIONS)
     good = reached(run)
     assert 9 <= good.sum() <= 24
     seen = {name: np.abs(run.observables[name][~good, -1]) for name in NAMES}
@@ -350,6 +353,7 @@ def test_the_wishart_matrix_of_the_rest(dimension):
     assert np.all(np.abs(corr[~np.eye(3, dtype=bool)]) < 4 / np.sqrt(40_000))
 
 
+@pytest.mark.slow
 def test_both_forms_have_one_law():
     """Means and second moments of the overlaps after 12 steps from 3000 seeds each, within 4.5
     standard errors."""
@@ -391,18 +395,31 @@ def test_a_frame_of_parallel_or_no_rests():
 
 
 def test_v_is_eliminated():
-    """v*(k) is the best of all unit vectors; the flow nears the limit like ε."""
+    """v*(k) is the best of all unit vectors, free or not."""
+    problem = tts.SingleLocation(gain=0.4, dimension=40)
+    free = tts.SingleLocation(free=True, gain=0.4, dimension=40)
+    (k,) = unit(1, 6, 9)
+    best, loose = problem.critical(k), free.critical(k)
+    with jax.enable_x64(True):
+        loss = jax.jit(lambda v: free.loss(v, k))
+        losses = jax.vmap(loss)(unit(500, 6, 10))
+        hessian, right = jax.jit(jax.hessian(loss))(np.zeros(6)), -jax.grad(loss)(np.zeros(6))
+        slope = np.asarray(jax.grad(loss)(best))
+    assert loss(best) < np.min(losses)
+    np.testing.assert_allclose(slope - (slope @ best) * best, 0.0, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(best), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(loose, np.linalg.solve(hessian, right), rtol=1e-10)
+    assert loss(loose) < loss(best)
+    for kappa in (0.2, -0.7):  # on the manifold v* itself
+        star = problem.critical(problem.state(kappa=kappa, nu=0.3).slow)
+        np.testing.assert_allclose(star, np.sign(kappa) * np.eye(6)[1], atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_flow_nears_the_limit_like_epsilon():
     problem = tts.SingleLocation(gain=0.4, dimension=40)
     (k,) = unit(1, 6, 9)
-    with jax.enable_x64(True):
-        solution = problem.critical_solution(k)
-        others = unit(500, 6, 10)
-        losses = jax.vmap(lambda v: problem.loss(v, k))(others)
-        best = problem.loss(solution.fast, k)
-        start = tts.State(solution.fast, k)
-    assert best < np.min(losses)
-    assert solution.info["residual"] < 1e-12
-    np.testing.assert_allclose(np.linalg.norm(solution.fast), 1.0, rtol=1e-12)
+    start = tts.State(problem.critical(k), k)
     tau, solver = np.array([0.1, 0.4]), "tsit5"
     exact = tts.limit(problem, start, tau=tau, solver=solver)
     gaps = []
@@ -414,6 +431,7 @@ def test_v_is_eliminated():
     assert 0.0 < float(number) < 0.1
 
 
+@pytest.mark.slow
 def test_on_the_manifold_v_jumps_to_its_star():
     """v*(k) = sign(κ) v*, and the reduced descent has the limits of the joint one."""
     problem = tts.SingleLocation(start="manifold")
@@ -424,39 +442,36 @@ def test_on_the_manifold_v_jumps_to_its_star():
     assert np.all(reached(run))
 
 
-def test_a_free_v_is_a_linear_solve():
-    problem = tts.SingleLocation(free=True, gain=0.4, dimension=40)
-    (k,) = unit(1, 6, 9)
-    with jax.enable_x64(True):
-        free = problem.critical_solution(k)
-        hessian = jax.hessian(problem.loss)(jnp.zeros(6), k)
-        right = -jax.grad(problem.loss)(jnp.zeros(6), k)
-    np.testing.assert_allclose(free.fast, np.linalg.solve(hessian, right), rtol=1e-10)
-    bound = tts.SingleLocation(gain=0.4, dimension=40)
-    assert problem.loss(free.fast, k) < bound.loss(bound.critical(k), k)
-
-
 def test_the_schedule_is_a_slow_variable():
-    """Steps are those of descent with λ/(1 + rt), and the flow is their limit for small steps."""
+    """Steps are those of descent with λ/(1 + rt)."""
     rate, size = 1e-2, 2e-3
     problem = tts.ScheduledLocation(gain=1.0, dimension=40)
     start = problem.state(kappa=0.3, nu=0.2, theta=-0.2, eta=0.1, rho=0.1)
     options = {"key": KEY, "state": start, "epsilon": rate / size}
     run = tts.sgd(problem, step_size=size, tau=rate * np.array([1, 20]), **options)
     k, v = start.fast["k"], start.fast["v"]
+    fixed = tts.SingleLocation(dimension=40)
+    slopes = jax.jit(jax.grad(fixed.risk, argnums=(0, 1)))
     for step in range(20):
-        fixed = tts.SingleLocation(gain=1.0 / (1.0 + rate * step), dimension=40)
         with jax.enable_x64(True):
-            velocity = fixed.fields(v, k)
-        k, v = k + size * np.asarray(velocity.slow), v + size * np.asarray(velocity.fast)
+            of_k, of_v = (np.asarray(one) for one in slopes(k, v, 1.0 / (1.0 + rate * step)))
+        k, v = k - size * (of_k - (of_k @ k) * k), v - size * (of_v - (of_v @ v) * v)
         k, v = k / np.linalg.norm(k), v / np.linalg.norm(v)
     np.testing.assert_allclose(run.fast["k"][0, -1], k, rtol=0, atol=1e-12)
     np.testing.assert_allclose(run.fast["v"][0, -1], v, rtol=0, atol=1e-12)
     np.testing.assert_allclose(run.observables["gain"][0], 1 / (1 + rate * np.array([1, 20])))
     np.testing.assert_allclose(run.slow[0], run.tau, rtol=1e-12)
-    fixed = tts.SingleLocation(gain=1 / (1 + 20 * rate), dimension=40)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(run.loss[0, -1], fixed.loss(v, k), rtol=1e-12)
+        loss = problem.risk(k, v, 1 / (1 + 20 * rate))
+    np.testing.assert_allclose(run.loss[0, -1], loss, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_flow_is_the_schedule_with_small_steps():
+    rate, size = 1e-2, 2e-3
+    problem = tts.ScheduledLocation(gain=1.0, dimension=40)
+    start = problem.state(kappa=0.3, nu=0.2, theta=-0.2, eta=0.1, rho=0.1)
+    options = {"key": KEY, "state": start, "epsilon": rate / size}
     flow = tts.flow(problem, start, epsilon=rate / size, tau=[0.2], solver="tsit5")
     gaps = []
     for finer in (1, 2):
@@ -511,17 +526,21 @@ def test_impossible_overlaps_and_vectors_off_the_sphere():
         small.state(kappa=0.5, nu=0.5)
 
 
-def test_steps_that_diverge_and_regimes_that_do_not_fit():
+@pytest.mark.slow
+def test_a_free_v_diverges_with_large_steps():
     free = tts.SingleLocation(free=True)
     run = tts.sgd(free, key=KEY, seeds=2, epsilon=1e-3, step_size=10.0, tau=[0.0, 10.0])
     assert np.all(run.status == int(tts.Status.DIVERGED))
     assert np.all(np.isnan(run.loss[:, -1]))
+
+
+def test_steps_that_diverge_and_regimes_that_do_not_fit():
+    huge = OPTIONS | {"step_size": 1e300, "tau": [0.0, 3e300]}
+    run = tts.sgd(tts.SingleLocation(), seeds=30, **huge)
+    assert np.all(run.status == int(tts.Status.DIVERGED))
+    assert np.all(np.isnan(run.loss[:, -1]))
     batches = tts.SingleLocation(batch=2)
-    options = {"key": KEY, "tau": [1e-2], "step_size": 1e-2}
     with pytest.raises(TypeError, match="no loss of a batch"):
-        tts.sgd(batches, regime="limit", **options)
-    with pytest.raises(TypeError):
-        tts.limit(tts.ScheduledLocation(), tts.ScheduledLocation().init(key=KEY), tau=[1.0])
-    inner = tts.SingleLocation(gain=0.4, dimension=40)
-    nearer = tts.sgd(inner, epsilon=0.1, regime=regime.Inner(5), **options)
-    assert nearer.status.tolist() == [0]
+        tts.sgd(batches, key=KEY, tau=[1e-2], step_size=1e-2, regime="limit")
+    with pytest.raises(TypeError, match="`fast.Argmin` is for a fast variable"):
+        tts.ScheduledLocation().critical(0.0)

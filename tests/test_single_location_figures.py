@@ -22,7 +22,7 @@ TINY = dataclasses.replace(
 )
 # one case of a kind, so that few programs are compiled, and few steps
 KEPT = {
-    "single_location_published": ("manifold", "small_gain", "schedule", "batches"),
+    "single_location_published": ("manifold", "small_gain"),
     "single_location_fast": ("fast_2", "fast_1", "fast_limit"),
     "single_location_schedule": ("schedule_40", "schedule_16"),
     "single_location_basins": ("basins", "basins_around"),
@@ -47,18 +47,39 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("single_location")
 
 
-def test_all_figures(folder, capsys):
-    assert cli.main(["reproduce", "single_location", "--out", str(folder)]) == 0
+def reproduced(name, folder, capsys):
+    assert cli.main(["reproduce", name, "--out", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert set(single_location.FIGURES) == set(KEPT)
-    for name, methods in KEPT.items():
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        data = single_location.load_data(folder, name)
-        assert set(data) == set(methods)
-        assert isinstance(single_location.FIGURES[name].draw(data), Figure)
-        assert sum(line.startswith(f"{name} ") for line in said.splitlines()) == len(methods)
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    data = single_location.load_data(folder, name)
+    assert set(data) == set(single_location.FIGURES[name].methods)
+    assert sum(line.startswith(f"{name} ") for line in said.splitlines()) == len(data)
     assert "swapped" in said
     assert "recovered" not in said
+
+
+@pytest.mark.parametrize("name", ["single_location_published", "single_location_basins"])
+def test_figures_of_descent(name, folder, capsys):
+    reproduced(name, folder, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_location_fast", "single_location_schedule"])
+def test_figures_of_two_timescales(name, folder, capsys):
+    reproduced(name, folder, capsys)
+    if name == "single_location_fast":
+        data = single_location.load_data(folder, name)
+        np.testing.assert_array_equal(data["fast_1"].slow[:, 0], data["fast_2"].slow[:, 0])
+        assert float(data["fast_limit"].settings["epsilon"]) == 0.0
+        sizes = [float(data[one].settings["step_size"]) for one in ("fast_1", "fast_2")]
+        assert sizes == [4e-3, 2e-3]  # the step of k stays the published one
+
+
+@pytest.mark.slow
+def test_the_experiments_with_a_schedule_share_the_figure():
+    data = single_location.compute(TINY, ("small_gain", "schedule", "batches"))
+    assert isinstance(single_location.draw_published(data), Figure)
+    assert float(data["batches"].settings["epsilon"]) == 0.5  # in a hurry
 
 
 def test_the_starts_of_the_basins(folder):
@@ -72,14 +93,6 @@ def test_the_starts_of_the_basins(folder):
     np.testing.assert_allclose(around["kappa"][:, 0], np.repeat(small, 4))
     np.testing.assert_allclose(around["nu"][:, 0], np.tile(np.repeat(small, 2), 2))
     assert np.all(around["manifold_distance"][:, 0] > 0.0)
-
-
-def test_one_seed_starts_alike_at_every_speed(folder):
-    data = single_location.load_data(folder, "single_location_fast")
-    np.testing.assert_array_equal(data["fast_1"].slow[:, 0], data["fast_2"].slow[:, 0])
-    assert float(data["fast_limit"].settings["epsilon"]) == 0.0
-    times = [float(data[name].settings["step_size"]) for name in ("fast_1", "fast_2")]
-    assert times == [4e-3, 2e-3]  # the step of k stays the published one
 
 
 def test_the_table_counts(folder):

@@ -201,7 +201,12 @@ def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
     if case.start in ("grid", "around"):
         step["state"] = _starts(settings, case)
     else:
-        step["seeds"] = settings.many if case.many else settings.seeds
+        count = settings.many if case.many else settings.seeds
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(settings.key), row))
+        with jax.enable_x64(True):
+            step["state"] = jax.vmap(lambda key: problem.init(key=key))(keys(np.arange(count)))
+        # a start is all that the manifold has of its own: programs are shared
+        problem = settings.problem(replace(case, start="sphere"))
     per_step = case.step_size * step.get("epsilon", 1.0)
     steps = np.rint(np.linspace(0, case.end / per_step, settings.records))
     if case.start in ("grid", "around"):
