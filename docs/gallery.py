@@ -1,4 +1,4 @@
-"""Draw the images of docs/gallery.md and docs/varpro.md: `make gallery`, or this script.
+"""Draw the figures in docs/gallery.md and the pages of the systems: `make gallery`, or this script.
 
 Computes the figures that `tts-jax reproduce` knows at `--scale quick`, and an animation, and writes
 them to docs/gallery/ at the resolution of the page. Figure 4 is docs/figure4.png, at the paper's
@@ -12,14 +12,13 @@ from pathlib import Path
 from PIL import Image
 
 from tts_jax import cli, plot
-from tts_jax.experiments import additive, animation, marion_berthier, varpro
+from tts_jax.experiments import SYSTEMS, animation, system_of
 
 
 HERE = Path(__file__).parent
 ELSEWHERE = {"figure4"}
 DPI = 110.0
 COLORS = 96
-HOMES = (marion_berthier, additive, varpro)
 
 
 def main() -> int:
@@ -29,7 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these figures only")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = [name for home in HOMES for name in home.FIGURES if name not in ELSEWHERE]
+    names = [name for one in SYSTEMS.values() for name in one.figures if name not in ELSEWHERE]
     names += [f"animation_{experiment}" for experiment in animation.FIGURES]
     for name in arguments.only or names:
         path = (
@@ -42,7 +41,7 @@ def main() -> int:
 def drawn(name: str, arguments: argparse.Namespace) -> Path:
     """A figure as a PNG in few colours, which flat drawings do not miss."""
     run(["reproduce", name, "--scale", "quick", "--out", str(arguments.data)])
-    home = next(home for home in HOMES if name in home.FIGURES)
+    home = next(home for home in system_of(name).homes() if name in home.FIGURES)
     figure = home.FIGURES[name].draw(home.load_data(arguments.data, name))
     (image,) = plot.Movie(figure, 1, lambda frame: None).images(DPI)
     path = arguments.out / f"{name}.png"

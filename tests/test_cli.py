@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import cli
-from tts_jax.experiments import additive, marion_berthier as mb
+from tts_jax.experiments import SYSTEMS, additive, marion_berthier as mb
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +76,10 @@ def test_help_of_reproduce_is_complete(capsys):
     assert ended.value.code == 0
     # as one line, whatever the width of the terminal
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for word in (*mb.FIGURES, *additive.FIGURES, "all", "--scale", "quick", "paper"):
+    figures = [name for system in SYSTEMS.values() for name in system.figures]
+    for word in (*SYSTEMS, *figures, "--scale", "quick", "paper"):
         assert word in said
-    for word in ("--seeds", "--out", "default: results", "default: quick", "default: 32"):
+    for word in ("--seeds", "--out", "default: results", "default: quick", "default: all: 32"):
         assert word in said
 
 

@@ -3,23 +3,20 @@
 import re
 from pathlib import Path
 
-from tts_jax.experiments import additive, animation, marion_berthier, varpro
+from tts_jax.experiments import SYSTEMS, animation
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-# the figures of each system, and the page that shows them
-PAGES = {
-    "gallery.md": marion_berthier.FIGURES | additive.FIGURES,
-    "varpro.md": varpro.FIGURES,
-}
 
 
 def test_every_figure_and_animation_has_its_command_and_image():
     shown = set()
-    for page, figures in PAGES.items():
+    for name, system in SYSTEMS.items():
+        page = "gallery.md" if name == "all" else f"{name}.md"
         text = (DOCS / page).read_text(encoding="utf-8")
         images = set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text))
-        for name in figures:
+        assert set(system.specs()) == set(system.figures)
+        for name in system.figures:
             assert f"`tts-jax reproduce {name}`" in text
             assert any(Path(image).stem == name for image in images), name
         assert all((DOCS / image).is_file() for image in images)

@@ -29,6 +29,7 @@ from tts_jax.problems._targets import (
 from tts_jax.problems._teachers import CircleTeacher as CircleTeacher, TorusTeacher as TorusTeacher
 from tts_jax.problems._ultrafast import UltraFastDiffusion as UltraFastDiffusion
 from tts_jax.problems.additive import Additive as Additive
+from tts_jax.problems.implicit_diffusion import ImplicitDiffusion as ImplicitDiffusion
 from tts_jax.problems.single_location import (
     ScheduledLocation as ScheduledLocation,
     SingleLocation as SingleLocation,

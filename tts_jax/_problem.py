@@ -430,12 +430,10 @@ def check_geometry(problem: AbstractProblem, state: State) -> None:
     Raises:
         ValueError: a concrete variable off its geometry.
     """
-    if is_traced(state) or inside_trace():
-        return
     places = {"slow": ("geometry", problem.geometry)}
     places |= {"fast": ("fast_geometry", problem.fast_geometry)}
     for name, (attribute, place) in places.items():
-        if isinstance(place, Euclidean):
+        if isinstance(place, Euclidean) or is_traced(state) or inside_trace():
             continue
         far = float(place.distance(jax.tree.map(jnp.asarray, getattr(state, name))))
         if not far <= _NEAR:

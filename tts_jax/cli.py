@@ -29,6 +29,7 @@ from tts_jax._checkpoint import Stopped, replacing, terminated_like_interrupted
 from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
 from tts_jax._trajectory import Status, write_netcdf
 from tts_jax._version import __version__
+from tts_jax.experiments import SYSTEMS, System, system_of
 
 
 if TYPE_CHECKING:
@@ -36,31 +37,11 @@ if TYPE_CHECKING:
     from tts_jax.experiments.marion_berthier import FigureSpec, Outcome
 
 
-FigureName = Literal[
-    "figure1",
-    "figure2",
-    "figure3",
-    "figure4",
-    "figure5",
-    "figure6",
-    "figure7",
-    "figure_2d",
-    "figure_10d",
-    "figure_relu",
-    "proof",
-    "all",
-    "varpro_widths",
-    "varpro_penalty",
-    "varpro_gamma",
-    "varpro_two_timescale",
-    "varpro_density",
-    "varpro",
-    "single_location_published",
-    "single_location_fast",
-    "single_location_schedule",
-    "single_location_basins",
-    "single_location",
-]
+_FIGURES = {name: about for one in SYSTEMS.values() for name, about in one.figures.items()}
+if TYPE_CHECKING:
+    FigureName = str
+else:
+    FigureName = tyro.extras.literal_type_from_choices((*_FIGURES, *SYSTEMS))
 AnimationName = Literal["two_timescale", "same_rate", "varpro"]
 StudyName = Literal["convergence", "initialisation"]
 PlaneName = Literal["epsilon-neurons", "epsilon-eta", "epsilon-noise", "step-epsilon"]
@@ -112,35 +93,23 @@ def reproduce(
     figure: Annotated[
         tyro.conf.Positional[FigureName],
         tyro.conf.arg(
-            metavar="[figure1|figure2|figure3|figure4|figure5|figure6|figure7|figure_2d|figure_10d|"
-            "figure_relu|proof|all|varpro_widths|varpro_penalty|varpro_gamma|varpro_two_timescale|"
-            "varpro_density|varpro|single_location_published|single_location_fast|"
-            "single_location_schedule|single_location_basins|single_location]",
-            help="figure1: the notation. figure2: a sketch of the dynamics. figure3: networks in "
-            "the two-timescale regime, ε = 2e-5. figure4: the same run against the gradient flow "
-            "and the limits. figure5: one learning rate for both layers, ε = 1. figure6: two "
-            "dimensions, target, network and neurons. figure7: box plot of the final loss against "
-            "ε. figure_2d, figure_10d, figure_relu: the same for data in two and ten dimensions "
-            "and for ReLU neurons, beside the published outcomes. proof: a sketch of the proof's "
-            "two phases. all: all of these. Of Barboni, Peyré & Vialard, varpro_widths, "
-            "varpro_penalty, varpro_gamma: risk and distances against time for several widths, "
-            "penalties λ (unbiased and biased) and teachers γ. varpro_two_timescale: variable "
-            "projection against two-timescale descent. varpro_density: the density of the features "
-            "beside the ultra-fast diffusion. varpro: all of these. Of Marion, Berthier, Biau & "
-            "Boyer, single_location_published: the five published experiments. "
-            "single_location_fast: v faster than k. single_location_schedule: speeds of the "
-            "schedule. single_location_basins: where starts end. single_location: all of these.",
+            metavar="NAME",
+            help=" ".join(
+                f"Of {one.paper}, "
+                + "; ".join(f"{name}: {about}" for name, about in one.figures.items())
+                + f"; {system}: all of these."
+                for system, one in SYSTEMS.items()
+            ),
         ),
     ] = "all",
     *,
     scale: Annotated[
         Scale,
         tyro.conf.arg(
-            help="paper: the paper's step size 1e-5 throughout, which is 1.75e8 steps for figures "
-            "3 and 4; for varpro 1024 features, 4096 data and 32,000 epochs. quick: 1e-3 for "
-            "figures 3 and 4, the published quick configuration, the others as in the paper; "
-            "for varpro 128 features, 512 data and 2048 epochs; for single_location the published "
-            "steps, but for a fifth of them on batches."
+            help=" ".join(
+                f"{system}, quick: {one.quick}; paper: {one.published}."
+                for system, one in SYSTEMS.items()
+            )
         ),
     ] = "quick",
     seeds: Annotated[
@@ -149,17 +118,16 @@ def reproduce(
             metavar="N",
             help="Number of independent runs. Seed 0 of figures 3 to 5 starts from the published "
             "positions; the sketches draw no other.",
-            help_behavior_hint="(default: 32, for figure7 64, for figure6 and the box plots after "
-            "figure7 20, for the sketches 1, for varpro 4 and at scale paper 2, for "
-            "single_location 30; its sweeps have numbers of their own)",
+            help_behavior_hint="(default: "
+            + ". ".join(f"{system}: {one.seeds}" for system, one in SYSTEMS.items())
+            + ")",
         ),
     ] = None,
     out: Annotated[
         Path, tyro.conf.arg(metavar="DIR", help="Folder to write to, created if missing.")
     ] = Path("results"),
 ) -> int:
-    """Reproduce figures of Marion & Berthier (2023, arXiv 2304.09576), of Barboni, Peyré &
-    Vialard (2025, arXiv 2504.18208) and of Marion, Berthier, Biau & Boyer (2025, arXiv 2410.01537).
+    """Reproduce the figures of published two-timescale systems.
 
     Writes a PNG, a PDF and the netCDF data behind each figure, and prints a table of final
     losses and recovered jumps. `tts_jax.load` reads the data. Figures 3 and 4 share one run of
@@ -172,43 +140,24 @@ def reproduce(
         )
     _check_folder(out)
 
-    figures, systems = _figures(), _systems()
-    groups: dict[str, list[str]] = {}
-    for name in list(systems[figure]) if figure in systems else [figure]:
-        groups.setdefault(figures[name].experiment, []).append(name)
+    system = SYSTEMS[figure] if figure in SYSTEMS else system_of(figure)
+    specs, groups = system.specs(), {}
+    for name in specs if figure in SYSTEMS else [figure]:
+        groups.setdefault(specs[name].experiment, []).append(name)
     with terminated_like_interrupted(f"terminated; {_COMPLETE}"):
-        report = _reproduced(groups, scale, seeds, out)
+        report = _reproduced(system, groups, scale, seeds, out)
     report.show()
     return report.code
 
 
-def _figures() -> "dict[str, FigureSpec]":
-    systems = _systems()
-    return {name: spec for figures in systems.values() for name, spec in figures.items()}
-
-
-def _systems() -> "dict[str, dict[str, FigureSpec]]":
-    """The figures of each published system, by the name that stands for all of them."""
-    from tts_jax.experiments import additive, marion_berthier, single_location, varpro
-
-    return {
-        "all": marion_berthier.FIGURES | additive.FIGURES,
-        "varpro": varpro.FIGURES,
-        "single_location": single_location.FIGURES,
-    }
-
-
 def _reproduced(
-    groups: "dict[str, list[str]]", scale: Scale, seeds: int | None, out: Path
+    system: System, groups: dict[str, list[str]], scale: Scale, seeds: int | None, out: Path
 ) -> "_Report":
     """Compute, write and draw the figures, those that share an experiment together."""
-    from tts_jax.experiments import additive, marion_berthier, single_location, varpro
-
     report = _Report()
     for experiment, names in groups.items():
-        specs = {name: _figures()[name] for name in names}
-        homes = (additive, marion_berthier, single_location, varpro)
-        home = next(one for one in homes if experiment in one.SETTINGS)
+        specs = {name: system.specs()[name] for name in names}
+        home = next(one for one in system.homes() if experiment in one.SETTINGS)
         settings = home.settings_of(experiment, scale, seeds)
         methods = list(dict.fromkeys(m for spec in specs.values() for m in spec.methods))
         print(f"{', '.join(names)}: {settings.describe(methods)}")

@@ -14,6 +14,7 @@ def has_fma() -> bool:
     return not on_x86 or bool(llvm.get_host_cpu_features().get("fma"))
 
 
+@functools.cache  # asking LLVM takes longer than some solves
 def vector_lanes(dtype: np.dtype) -> int:
     """How many numbers fit the widest vector of this processor."""
     features = llvm.get_host_cpu_features()

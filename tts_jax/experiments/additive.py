@@ -357,16 +357,14 @@ def _epsilon(run: tts.Trajectory) -> float:
 # --- figures --------------------------------------------------------------------------------
 
 
-def _spec(experiment: str, compute: Callable[..., Data], title: str, about: str) -> FigureSpec:
+def _spec(experiment: str, compute: Callable[..., Data], title: str) -> FigureSpec:
     draw = functools.partial(draw_boxes, experiment=experiment, what=title)
-    return FigureSpec(experiment, compute, ("sgd",), draw, about)
+    return FigureSpec(experiment, compute, ("sgd",), draw)
 
 
 FIGURES: dict[str, FigureSpec] = {
-    "figure6": FigureSpec(
-        "additive_2d", boxes_2d, ("sgd",), draw_figure6, "two dimensions, the plane of one seed"
-    ),
-    "figure_2d": _spec("additive_2d", boxes_2d, "2-D", "two dimensions, final criterion"),
-    "figure_10d": _spec("additive_10d", boxes_10d, "10-D", "ten dimensions, final criterion"),
-    "figure_relu": _spec("additive_relu", boxes_relu, "ReLU", "ReLU neurons, final criterion"),
+    "figure6": FigureSpec("additive_2d", boxes_2d, ("sgd",), draw_figure6),
+    "figure_2d": _spec("additive_2d", boxes_2d, "2-D"),
+    "figure_10d": _spec("additive_10d", boxes_10d, "10-D"),
+    "figure_relu": _spec("additive_relu", boxes_relu, "ReLU"),
 }

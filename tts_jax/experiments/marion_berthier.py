@@ -619,7 +619,6 @@ class FigureSpec:
         compute: the function that computes the data.
         methods: the methods that the drawing needs.
         draw: the function from data to Figure.
-        about: one line on what it shows.
         table: what its data came to, from its name, its data and the seconds that they took; by
             default losses and recovered jumps.
     """
@@ -628,7 +627,6 @@ class FigureSpec:
     compute: Callable[..., Data]
     methods: tuple[str, ...]
     draw: Callable[[Mapping[str, tts.Trajectory]], Figure]
-    about: str
     table: Callable[[str, Mapping[str, tts.Trajectory], float], "Table"] | None = None
 
 
@@ -647,23 +645,16 @@ class Table(NamedTuple):
 
 
 FIGURES: dict[str, FigureSpec] = {
-    "figure1": FigureSpec("notation", sketch, ("flow",), draw_figure1, "notation"),
-    "figure2": FigureSpec("dynamics", sketch, ("limit",), draw_figure2, "dynamics of the limit"),
-    "proof": FigureSpec("proof", sketch, ("flow",), draw_proof, "sketch of the proof"),
-    "figure3": FigureSpec(
-        "two_timescale", two_timescale, ("sgd",), draw_figure3, "two-timescale regime, networks"
-    ),
+    "figure1": FigureSpec("notation", sketch, ("flow",), draw_figure1),
+    "figure2": FigureSpec("dynamics", sketch, ("limit",), draw_figure2),
+    "proof": FigureSpec("proof", sketch, ("flow",), draw_proof),
+    "figure3": FigureSpec("two_timescale", two_timescale, ("sgd",), draw_figure3),
     "figure4": FigureSpec(
         "two_timescale",
         two_timescale,
         ("sgd", "flow", "limit", "sharp_limit"),
         draw_figure4,
-        "two-timescale regime, SGD against flow and limit",
     ),
-    "figure5": FigureSpec(
-        "same_rate", same_rate, ("sgd", "flow"), draw_figure5, "one learning rate for both layers"
-    ),
-    "figure7": FigureSpec(
-        "epsilon_boxes", epsilon_boxes, ("sgd",), draw_figure7, "final loss against ε"
-    ),
+    "figure5": FigureSpec("same_rate", same_rate, ("sgd", "flow"), draw_figure5),
+    "figure7": FigureSpec("epsilon_boxes", epsilon_boxes, ("sgd",), draw_figure7),
 }

@@ -13,7 +13,7 @@ Its roles are *swapped* if |η| is above 0.95 instead: k ≈ ±v*.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -506,13 +506,13 @@ def _field(ax: Axes, run: tts.Trajectory) -> None:
     ax.quiver(kappa, nu, *along, color="0.15", angles="xy", scale=13, width=0.006, alpha=0.8)
 
 
-def _spec(cases: Sequence[str], draw: Any, about: str) -> FigureSpec:
-    return FigureSpec("single_location", compute, tuple(cases), draw, about, table)
+def _spec(cases: Sequence[str], draw: Callable[..., Figure]) -> FigureSpec:
+    return FigureSpec("single_location", compute, tuple(cases), draw, table)
 
 
 FIGURES: dict[str, FigureSpec] = {
-    "single_location_published": _spec(PUBLISHED, draw_published, "the five published experiments"),
-    "single_location_fast": _spec(FAST, draw_fast, "v faster than k"),
-    "single_location_schedule": _spec(SCHEDULE, draw_schedule, "speeds of the schedule"),
-    "single_location_basins": _spec(BASINS, draw_basins, "where starts end"),
+    "single_location_published": _spec(PUBLISHED, draw_published),
+    "single_location_fast": _spec(FAST, draw_fast),
+    "single_location_schedule": _spec(SCHEDULE, draw_schedule),
+    "single_location_basins": _spec(BASINS, draw_basins),
 }

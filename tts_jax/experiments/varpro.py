@@ -517,17 +517,14 @@ def movie(run: tts.Trajectory, *, seed: int = 0, frames: int = 72) -> plot.Movie
     return plot.Movie(figure, len(shown), show)
 
 
-def _spec(cases: Sequence[str], draw: Callable[..., Figure], about: str) -> FigureSpec:
-    cases = tuple(dict.fromkeys(cases))
-    return FigureSpec("varpro", compute, cases, draw, about, table)
+def _spec(cases: Sequence[str], draw: Callable[..., Figure]) -> FigureSpec:
+    return FigureSpec("varpro", compute, tuple(dict.fromkeys(cases)), draw, table)
 
 
 FIGURES: dict[str, FigureSpec] = {
-    "varpro_widths": _spec(_WIDTHS, draw_widths, "variable projection, four widths"),
-    "varpro_penalty": _spec((*_PENALTIES, *_BIASED), draw_penalty, "unbiased against biased"),
-    "varpro_gamma": _spec(_GAMMAS, draw_gamma, "three teachers"),
-    "varpro_two_timescale": _spec(
-        (*_PENALTIES[:3], *_TWO), draw_two_timescale, "variable projection against two timescales"
-    ),
-    "varpro_density": _spec(("base",), draw_density, "the density of the features"),
+    "varpro_widths": _spec(_WIDTHS, draw_widths),
+    "varpro_penalty": _spec((*_PENALTIES, *_BIASED), draw_penalty),
+    "varpro_gamma": _spec(_GAMMAS, draw_gamma),
+    "varpro_two_timescale": _spec((*_PENALTIES[:3], *_TWO), draw_two_timescale),
+    "varpro_density": _spec(("base",), draw_density),
 }
