@@ -23,7 +23,7 @@ PAGES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "docs").rg
 PAGES["README.md"] = ROOT / "README.md"
 SETUP = "docs/howto/index.md"  # its block is what the other how-to pages assume
 SLOW = {f"docs/howto/{name}.md" for name in ("differentiate", "own_problem", "precision", "sweeps")}
-SLOW |= {"docs/varpro.md", "docs/implicit_diffusion.md"}
+SLOW |= {"docs/varpro.md", "docs/implicit_diffusion.md", "docs/single_location.md"}
 
 # Runs every page's blocks in one namespace each, in one process for all pages.
 RUNNER = """

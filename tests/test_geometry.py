@@ -227,6 +227,21 @@ def test_its_condition_and_the_mirror_images():
     np.testing.assert_allclose(info["condition"], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("pull", [(0.0, 2.0, 1.0), (2.0, 0.0, 1.0), (0.6, 0.8, 3.0)])
+def test_a_lowest_eigenvalue_with_several_eigenvectors(pull):
+    """A = diag(0, 0, 1), where the pull may have no part along the first of them."""
+    flat = Compass(jnp.diag(jnp.array([0.0, 0.0, 1.0])), jnp.zeros(3))
+    found = flat.critical_solution(jnp.array(pull))
+    along = np.array([*pull[:2], 0.0]) / np.hypot(*pull[:2])
+    angle = np.linspace(-np.pi, np.pi, 200_001)
+    values = np.sin(angle) ** 2 / 2 - np.hypot(*pull[:2]) * np.cos(angle) - pull[2] * np.sin(angle)
+    best = angle[np.argmin(values)]
+    expected = np.cos(best) * along + np.sin(best) * np.eye(3)[2]
+    np.testing.assert_allclose(found.fast, expected, atol=1e-4)
+    assert found.info["residual"] < 1e-14
+    assert found.info["condition"] < 2.0
+
+
 def test_it_is_differentiable_twice():
     slow = jnp.asarray(NEEDLE.slow)
 

@@ -36,6 +36,10 @@ from tts_jax.problems._ultrafast import UltraFastDiffusion as UltraFastDiffusion
 from tts_jax.problems.additive import Additive as Additive
 from tts_jax.problems.implicit_diffusion import ImplicitDiffusion as ImplicitDiffusion
 from tts_jax.problems.kim_suzuki import InContext as InContext
+from tts_jax.problems.single_location import (
+    ScheduledLocation as ScheduledLocation,
+    SingleLocation as SingleLocation,
+)
 from tts_jax.problems.takakura_suzuki import MeanFieldKernel as MeanFieldKernel
 from tts_jax.problems.univariate import Univariate as Univariate
 from tts_jax.problems.varpro import Radial as Radial, Relu as Relu, VarPro as VarPro

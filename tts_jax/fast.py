@@ -487,7 +487,8 @@ def _on_sphere(
         move = (length - 1.0) * length**2 / jnp.where(slope > 0.0, slope, 1.0)
         return jnp.maximum(shift + jnp.where(slope > 0.0, move, 0.0), 0.0)
 
-    lower = jnp.abs(pull[0])
+    # no entry is longer than 1; the lowest eigenvalue may have several of them
+    lower = jnp.maximum(jnp.max(jnp.abs(pull) - gaps), 0.0)
     shift = jax.lax.fori_loop(0, 64, rise, lower)
     open_end = shift <= tiny  # what is missing to length 1 then is along the lowest eigenvector
     y = parts(shift)

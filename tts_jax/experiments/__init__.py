@@ -71,6 +71,19 @@ SYSTEMS: dict[str, System] = {
         "1024 features, 4096 data and 32,000 epochs",
         "4, at scale paper 2",
     ),
+    "single_location": System(
+        "Marion, Berthier, Biau & Boyer (2025, arXiv 2410.01537)",
+        ("single_location",),
+        {
+            "single_location_published": "the five published experiments",
+            "single_location_fast": "v faster than k",
+            "single_location_schedule": "speeds of the schedule",
+            "single_location_basins": "where starts end",
+        },
+        "the published steps, but a fifth of them on batches",
+        "all of them, with more seeds of the sweeps",
+        "30; the sweeps have numbers of their own",
+    ),
     "takakura_suzuki": System(
         "Takakura & Suzuki (2024, arXiv 2403.14917)",
         ("takakura_suzuki",),
