@@ -50,7 +50,7 @@ def check_figures(names, folder, said):
         assert isinstance(spec.draw(data), Figure)
 
 
-@pytest.mark.parametrize("figure", ["weights", "particles", "ratio"])
+@pytest.mark.parametrize("figure", ["particles", pytest.param("ratio", marks=pytest.mark.slow)])
 def test_a_figure(figure, folder, capsys):
     name = f"{NAME}_{figure}"
     assert cli.main(["reproduce", name, "--out", str(folder)]) == 0
@@ -98,9 +98,10 @@ def test_both_signs_are_there(everything):
     assert ends["released"] > 3.0 > 1.0 > ends["penalised_limit"]
 
 
+@pytest.mark.slow
 def test_the_gap_is_that_to_the_reduced_flow(folder):
-    data = implicit_diffusion.load_data(folder, "implicit_diffusion_weights")
-    run, limit = data["single"], data["limit"]
+    data = implicit_diffusion.load_data(folder, "implicit_diffusion_ratio")
+    run, limit = data["wide_0.5"], data["limit"]
     problem = TINY.problem(implicit_diffusion.CASES["single"])
     start = tts.State(run.fast[0, 0], run.slow[0, 0])
     flow = tts.limit(problem, start, tau=run.tau, throw=True)

@@ -481,16 +481,13 @@ def _spec(cases: Sequence[str], draw: Callable[..., Figure]) -> FigureSpec:
     return FigureSpec("implicit_diffusion", compute, tuple(cases), draw, table)
 
 
+_RATIOS = tuple(_swept(kind, ratio) for kind in SWEEPS for ratio in RATIOS)
+_SIGNS = ("penalised", "penalised_limit", "released", "released_limit")
+
 FIGURES: dict[str, FigureSpec] = {
     "implicit_diffusion_budget": _spec((*_BUDGET, "limit"), draw_budget),
     "implicit_diffusion_weights": _spec(("single", "exact", "limit"), draw_weights),
     "implicit_diffusion_particles": _spec(("single",), draw_particles),
-    "implicit_diffusion_ratio": _spec(
-        (*(_swept(kind, ratio) for kind in SWEEPS for ratio in RATIOS), "limit"),
-        draw_ratio,
-    ),
-    "implicit_diffusion_penalty": _spec(
-        ("penalised", "penalised_limit", "released", "released_limit"),
-        draw_penalty,
-    ),
+    "implicit_diffusion_ratio": _spec((*_RATIOS, "limit"), draw_ratio),
+    "implicit_diffusion_penalty": _spec(_SIGNS, draw_penalty),
 }
