@@ -213,14 +213,14 @@ class MeanFieldKernel(AbstractProblem):
         Raises:
             ValueError: the wrong shape, or numbers that are not finite.
         """
-        slow = _finite("slow", slow)
+        given: Any = _finite("slow", slow)
         shape = (self.width, self.inputs.shape[1] + 1)
-        if slow.shape != shape:
+        if given.shape != shape:
             raise ValueError(
                 f"Argument `slow` must have shape {shape}, one row (u, b) for each feature, got "
-                f"{slow.shape}."
+                f"{given.shape}."
             )
-        return State(self.critical(jnp.asarray(slow)), slow)
+        return State(self.critical(given), given)
 
     @property
     def geometry(self) -> Particles:
