@@ -24,6 +24,7 @@ PAGES["README.md"] = ROOT / "README.md"
 SETUP = "docs/howto/index.md"  # its block is what the other how-to pages assume
 SLOW = {f"docs/howto/{name}.md" for name in ("differentiate", "own_problem", "precision", "sweeps")}
 SLOW |= {"docs/varpro.md"}
+SLOW |= {"docs/takakura_suzuki.md"}
 
 # Runs every page's blocks in one namespace each, in one process for all pages.
 RUNNER = """
