@@ -23,7 +23,8 @@ PAGES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "docs").rg
 PAGES["README.md"] = ROOT / "README.md"
 SETUP = "docs/howto/index.md"  # its block is what the other how-to pages assume
 SLOW = {f"docs/howto/{name}.md" for name in ("differentiate", "own_problem", "precision", "sweeps")}
-SLOW |= {"docs/varpro.md", "docs/implicit_diffusion.md", "docs/single_location.md"}
+SYSTEMS = ("varpro", "implicit_diffusion", "single_location", "takakura_suzuki")
+SLOW |= {f"docs/{name}.md" for name in SYSTEMS}
 
 # Runs every page's blocks in one namespace each, in one process for all pages.
 RUNNER = """

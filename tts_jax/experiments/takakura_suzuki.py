@@ -169,7 +169,7 @@ def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
         key=jax.random.key(settings.key),
         regime="limit",
         step_size=settings.step_size,
-        tau=[0.0, settings.tau[-1]],
+        tau=settings.tau[[0, -1]],
         dtype="float32",
         observe_every=max(1, settings.steps // (settings.records - 1)),
         progress=progress,
