@@ -47,9 +47,11 @@ class Spring(tts.AbstractProblem):
 class Shaken(Spring):
     """Label noise that the solve and the gradient see: y fits x + ξ, and L is on clean labels."""
 
-    envelope: ClassVar = False
-
     critical: ClassVar = tts.AbstractProblem.critical
+
+    @property
+    def envelope(self):
+        return False
 
     @property
     def fast_solver(self):

@@ -80,10 +80,6 @@ class AbstractProblem(eqx.Module):
     gradients: ClassVar[tuple[str, ...]] = ("exact",)
     # Whether `sample_loss` accepts lanes, or the problem answers `_lanes.LaneProblem` by itself.
     lanes: ClassVar[bool] = False
-    # Whether ∇_y L vanishes on the critical manifold, as it does where g and L have the same
-    # minimiser in y. Then the reduced velocity is V(y*(x), x), by the envelope theorem; otherwise
-    # y*(x) is differentiated.
-    envelope: ClassVar[bool] = True
 
     @property
     def lane_rows(self) -> bool:
@@ -118,6 +114,13 @@ class AbstractProblem(eqx.Module):
         """Where the fast variable lives, likewise; the critical manifold is then the minimum of g
         on it."""
         return Euclidean()
+
+    @property
+    def envelope(self) -> bool:
+        """Whether ∇_y L vanishes on the critical manifold, as it does where g and L have the same
+        minimiser in y. Then the reduced velocity is V(y*(x), x), by the envelope theorem; otherwise
+        y*(x) is differentiated."""
+        return True
 
     @property
     def closed_form(self) -> bool:

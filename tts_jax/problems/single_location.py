@@ -466,7 +466,6 @@ class ScheduledLocation(AbstractLocation):
     """
 
     dims: ClassVar = {"fast": ("axis",), "slow": ()}
-    envelope: ClassVar = False
 
     def __init__(self, **options: Any) -> None:
         """Build the problem.
@@ -495,6 +494,10 @@ class ScheduledLocation(AbstractLocation):
     @property
     def fast_geometry(self) -> AbstractGeometry:
         return Product({"k": Sphere(), "v": Sphere()})
+
+    @property
+    def envelope(self) -> bool:
+        return False
 
     def gain_at(self, slow: Float[Array, "..."]) -> Float[Array, "..."]:
         """λ/(1 + τ)."""
@@ -568,7 +571,9 @@ def _mirror(vector: tuple[Array, ...]) -> Any:
     return apply
 
 
-def _frame(k: Float[Array, " 4"], v: Float[Array, " 4"]) -> tuple[Any, _Four, _Four]:
+def _frame(
+    k: Float[Array, " 4"], v: Float[Array, " 4"]
+) -> tuple[Any, tuple[Array, ...], tuple[Array, ...]]:
     """A rotation to a frame whose first axis is along k and whose second one is in the plane of k
     and v, as a function of four entries; and the entries of k and v there."""
     first = _mirror(tuple(k))
@@ -579,7 +584,7 @@ def _frame(k: Float[Array, " 4"], v: Float[Array, " 4"]) -> tuple[Any, _Four, _F
     def turn(entries: _Four) -> tuple[Array, ...]:
         return first((entries[0], *second(entries[1:])))
 
-    return turn, of_k, of_v  # type: ignore[return-value]
+    return turn, of_k, of_v
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class MeanFieldKernel(AbstractProblem):
         return State(None, self.entropy)
 
     @property
-    def envelope(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def envelope(self) -> bool:
         """Whether the outer weights minimise the loss that is differentiated: not with noise."""
         return self.label_noise is None
 
