@@ -427,11 +427,14 @@ def test_memory_of_the_published_size():
 
 
 @pytest.mark.slow
-def test_runs_end_on_several_cpu_devices():
+@pytest.mark.parametrize("configured", [False, True])
+def test_runs_end_on_several_cpu_devices(configured):
     """A factorisation in a loop on several of them has waited for ever."""
-    program = """
+    program = f"""
         import jax, tts_jax as tts
-        options = {"dimension": 5, "samples": 150, "width": 150}
+        from tts_jax import _compat
+        assert not {configured} or _compat.configure_cpu()
+        options = dict(dimension=5, samples=150, width=150)
         problems = [
             tts.MeanFieldKernel.of_target(key=jax.random.key(seed), **options) for seed in range(4)
         ]

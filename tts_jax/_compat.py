@@ -36,8 +36,8 @@ def configure_cpu() -> bool:
     """Make XLA fast on small loops and show one CPU device per core; for programs, not libraries.
 
     Acts on the whole process, and only before JAX's backend starts: call it before the first
-    JAX operation. What the user has set in `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES` stays. The
-    library never calls this; the command line does.
+    JAX operation. What the user has set in `XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`, `PJRT_NPROC` or
+    `OPENBLAS_NUM_THREADS` stays. The library never calls this; the command line does.
 
     Returns:
         Whether the backend had not started yet, so that the settings count.
@@ -54,7 +54,25 @@ def configure_cpu() -> bool:
     if "xla_backend_extra_options" not in flags:
         option = f"--xla_backend_extra_options={','.join(_LOOP_OPTIONS)}"
         os.environ["XLA_FLAGS"] = f"{flags} {option}".strip()
+    if not any(name in os.environ for name in _POOL):
+        os.environ[_POOL[0]] = str(4 * cores())
+    # JAX's LAPACK, which is not loaded yet: its threads would spin beside those of the devices
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return True
+
+
+# Environment variables of the number of threads in XLA's pool, by default one per core.
+_POOL = ("PJRT_NPROC", "NPROC")
+
+
+def can_factorise_together(devices: int) -> bool:
+    """Whether several CPU devices may come upon matrix factorisations in loops at the same time.
+
+    Each of them waits in a thread of one pool for other threads of it. Where the pool has no
+    more threads than there are devices, all may wait for ever (jaxlib 0.10.2).
+    """
+    size = next((os.environ[name] for name in _POOL if name in os.environ), "")
+    return size.isdecimal() and int(size) >= 2 * devices
 
 
 def loops_run_inline() -> bool:

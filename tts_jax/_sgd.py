@@ -744,7 +744,8 @@ class GeneralRun:
         self._seeds = jax.tree.leaves(state)[0].shape[0]
         devices = list(jax.local_devices() if devices is None else devices)
         if regime.factorises(family.first) and devices[0].platform == "cpu":
-            devices = devices[:1]  # several may wait for each other for ever (jaxlib 0.10.2)
+            if not _compat.can_factorise_together(len(devices)):
+                devices = devices[:1]
         mesh = _compat.lane_mesh(devices[: min(self._seeds, len(devices))])
         count = -(-self._seeds // mesh.size) * mesh.size
         # idle rows repeat the first seed

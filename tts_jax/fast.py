@@ -57,7 +57,8 @@ class AbstractFastSolver(eqx.Module):
     """Finds the fast variable at a given slow one.
 
     Attributes:
-        factorises: whether it may factorise a matrix; then `sgd` keeps to one CPU device.
+        factorises: whether it may factorise a matrix; then `sgd` keeps to one CPU device, unless
+            XLA's pool has threads enough for several (`PJRT_NPROC`).
     """
 
     factorises: ClassVar[bool] = True
