@@ -51,7 +51,7 @@ def drawn(name: str, arguments: argparse.Namespace) -> Path:
 
 def animated(name: str, arguments: argparse.Namespace) -> Path:
     """An animation as a small GIF."""
-    small = ["--dpi", "64", "--frames", "60", "--fresh"]
+    small = ["--dpi", "64", "--frames", "40", "--fresh"]
     experiment = name.removeprefix("animation_")
     run(["animate", experiment, *small, "--out", str(arguments.data)])
     path = arguments.out / f"{name}.gif"
