@@ -540,7 +540,10 @@ def test_steps_that_diverge_and_regimes_that_do_not_fit():
     assert np.all(run.status == int(tts.Status.DIVERGED))
     assert np.all(np.isnan(run.loss[:, -1]))
     batches = tts.SingleLocation(batch=2)
+    for regime, more in (("limit", {}), (tts.regime.Inner(3), {"epsilon": 1.0})):
+        with pytest.raises(ValueError, match="`regime` must be 'joint' for this SingleLocation"):
+            tts.sgd(batches, key=KEY, tau=[1e-2], step_size=1e-2, regime=regime, **more)
     with pytest.raises(TypeError, match="no loss of a batch"):
-        tts.sgd(batches, key=KEY, tau=[1e-2], step_size=1e-2, regime="limit")
+        batches.sample_loss(*batches.init(key=KEY), batches.sample(key=KEY, step=0))
     with pytest.raises(TypeError, match="`fast.Argmin` is for a fast variable"):
         tts.ScheduledLocation().critical(0.0)

@@ -335,6 +335,12 @@ class AbstractProblem(eqx.Module):
         """Shapes and dtypes of one unbatched state."""
         return jax.eval_shape(lambda key: self.init(key=key), jax.random.key(0))
 
+    @property
+    def samples_serve_once(self) -> bool:
+        """Whether a sample is for one gradient only, as where it holds what is random about that
+        gradient and not the data. Then `sgd` has the regime `"joint"` alone."""
+        return False
+
     def sample(self, *, key: PRNGKeyArray, step: Any) -> PyTree[Array]:
         """One training sample: a pure function of the seed's key and the step number."""
         del key, step

@@ -151,6 +151,11 @@ def sgd(
             f"Argument `optimizer` must be left out with regime {type(regime).__name__}, got "
             f"{optimizer!r}. It moves both variables, as in the regime 'joint'."
         )
+    if problem.samples_serve_once and not isinstance(regime, Joint):
+        raise ValueError(
+            f"Argument `regime` must be 'joint' for this {type(problem).__name__}, whose samples "
+            f"serve one gradient each, got {type(regime).__name__}."
+        )
     lanes = _in_lanes(problem, optimizer, regime, engine)
     dtype = _dtype(dtype, lanes)
     with wide():

@@ -263,6 +263,10 @@ class AbstractLocation(AbstractProblem):
 
     # --- prompts ----------------------------------------------------------------------------
 
+    @property
+    def samples_serve_once(self) -> bool:
+        return self.batch is not None and self.form == "overlaps"
+
     def sample(self, *, key: PRNGKeyArray, step: Any) -> dict[str, Array]:
         """The prompts of one step: `tokens [batch, L, d]` of which the first one tells, and
         `labels [batch]`; without a batch nothing.
