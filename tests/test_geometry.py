@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import tts_jax as tts
@@ -61,7 +62,7 @@ def test_a_product_has_a_geometry_for_each_entry():
     moved = both.retract(x, v)
     np.testing.assert_allclose(jnp.sum(moved["k"] ** 2), 1.0, rtol=1e-15)
     assert np.all(np.abs(moved["w"]) <= 2.0)
-    with pytest.raises(ValueError, match=r"`Product` of \['k', 'w'\] needs a slow variable"):
+    with pytest.raises(ValueError, match=r"`Product` of \['k', 'w'\] needs a variable"):
         both.project({"k": x["k"]})
 
 
@@ -257,6 +258,56 @@ def test_it_is_differentiable_twice():
         np.testing.assert_allclose(bend[axis], numeric, rtol=1e-6, atol=1e-9)
 
 
+def test_a_mirror_image_has_derivatives():
+    values, vectors = jnp.linalg.eigh(COMPASS.matrix)
+    level = Compass(COMPASS.matrix, jnp.zeros(3))
+
+    def height(size):
+        fast, info = level.critical_solution(size * vectors[:, 2])
+        return jnp.sum(fast * jnp.array([1.0, 2.0, 3.0])), info["condition"]
+
+    slope, condition = jax.grad(height, has_aux=True)(0.1)
+    assert np.isinf(condition)
+    numeric = (height(0.1 + 1e-5)[0] - height(0.1 - 1e-5)[0]) / 2e-5
+    np.testing.assert_allclose(slope, numeric, rtol=1e-7)
+
+
+def test_the_sphere_in_single_precision():
+    with jax.enable_x64(True):
+        single = jax.tree.map(lambda leaf: leaf.astype(np.float32), COMPASS)
+
+        class Single(Compass):
+            def init(self, *, key):
+                return jax.tree.map(lambda leaf: leaf.astype(np.float32), super().init(key=key))
+
+        one = Single(single.matrix, single.shift)
+        slow = jnp.asarray(NEEDLE.slow, np.float32)
+        found = one.critical_solution(slow)
+    assert found.fast.dtype == np.float32
+    np.testing.assert_allclose(found.fast, COMPASS.critical(jnp.asarray(NEEDLE.slow)), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found.fast), 1.0, rtol=3e-7)
+
+
+def test_an_optimizer_and_noise_stay_on_the_sphere_too():
+    options = {"state": NEEDLE, "key": jax.random.key(0), "epsilon": 0.5, "step_size": 0.1}
+    rates = optax.partition(
+        {"fast": optax.sgd(0.1), "slow": optax.sgd(0.05)}, {"fast": "fast", "slow": "slow"}
+    )
+    plain = tts.sgd(COMPASS, tau=[0.5], **options)
+    other = tts.sgd(COMPASS, tau=[0.5], optimizer=rates, **options)
+    np.testing.assert_allclose(other.fast, plain.fast, rtol=1e-12)
+    np.testing.assert_allclose(other.slow, plain.slow, rtol=1e-12)
+
+    class Hot(Compass):
+        @property
+        def temperature(self):
+            return tts.State(0.5, None)
+
+    hot = tts.sgd(Hot(COMPASS.matrix, COMPASS.shift), tau=[0.5], **options)
+    np.testing.assert_allclose(np.linalg.norm(hot.fast, axis=-1), 1.0, rtol=1e-14)
+    assert np.max(np.abs(hot.fast - plain.fast)) > 0.05
+
+
 def test_the_flow_of_a_fast_variable_on_the_sphere_tends_to_its_limit():
     tau = np.array([0.3, 1.0])
     limit = tts.limit(COMPASS, NEEDLE, tau=tau, rtol=1e-10, atol=1e-10)
@@ -294,6 +345,25 @@ def test_its_relaxation_rate_is_that_of_the_tangent_space():
     inside = across @ (np.asarray(COMPASS.matrix) + float(multiplier) * np.eye(3)) @ across.T
     expected = np.linalg.eigvalsh(inside)[0]
     np.testing.assert_allclose(COMPASS.relaxation_rate(y, slow), expected, rtol=1e-12)
+
+
+def test_fast_particles_relax_at_the_rate_of_their_velocity():
+    class Cloud(tts.AbstractProblem):
+        @property
+        def fast_geometry(self):
+            return geometry.Particles()
+
+        def init(self, *, key):
+            return tts.State(jnp.ones((5, 2)), jnp.zeros(2))
+
+        def loss(self, y, x):
+            return jnp.mean((y - x) ** 2 * jnp.array([1.0, 3.0]))
+
+    problem = Cloud()
+    state = problem.init(key=jax.random.key(0))
+    speed = jax.jacfwd(lambda y: problem.fast_field(y, state.slow))(state.fast).reshape(10, 10)
+    expected = np.min(np.linalg.eigvalsh(-speed))
+    np.testing.assert_allclose(problem.relaxation_rate(*state), expected, rtol=1e-12)
 
 
 def test_what_a_fast_variable_on_the_sphere_cannot_have():

@@ -433,3 +433,12 @@ def test_the_benchmark_compares_equal_runs(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "apart", lambda way, *_: answer if way == "ours" else other)
     assert benchmark.main(small) == 1
     assert "not equal" in capsys.readouterr().err
+
+
+def test_seeds_may_have_penalties_of_their_own():
+    problems = [tts.ImplicitDiffusion(particles=20, penalty=penalty) for penalty in (0.0, 0.4)]
+    options = {"step_size": 0.2, "epsilon": 0.5, "tau": [1.0], "regime": tts.regime.Inner(1)}
+    runs = tts.sgd(problems, key=jax.random.key(0), **options)
+    alone = tts.sgd(problems[0], key=jax.random.key(0), seeds=2, **options)
+    np.testing.assert_allclose(runs.slow[0], alone.slow[0], rtol=1e-12)
+    assert np.max(np.abs(runs.slow[1] - alone.slow[1])) > 1e-3

@@ -344,6 +344,16 @@ def test_the_smallest_curvature_is_that_of_the_dense_hessian():
     np.testing.assert_allclose(abs(own @ vectors[:, 0]), 1.0, rtol=1e-6)
 
 
+def test_the_smallest_curvature_of_few_different_values():
+    """The Lanczos method ends early, after as many steps as there are values."""
+    for values in (np.full(12, 2.0), np.repeat([1.5, 4.0], 6)):
+        found = tts.smallest_curvature(Bowl(np.diag(values)), np.ones(12), key=KEY)
+        np.testing.assert_allclose(found.value, values[0], rtol=1e-12)
+        np.testing.assert_allclose(found.residual, 0.0, atol=1e-10)
+        np.testing.assert_allclose(np.linalg.norm(found.vector), 1.0, rtol=1e-12)
+        np.testing.assert_allclose(found.vector * values, found.vector * values[0], atol=1e-10)
+
+
 def test_the_residual_of_the_curvature_bounds_its_error():
     values = np.linspace(-2.0, 3.0, 12)
     values[2] = 0.0

@@ -543,7 +543,30 @@ def test_steps_that_diverge_and_regimes_that_do_not_fit():
     for regime, more in (("limit", {}), (tts.regime.Inner(3), {"epsilon": 1.0})):
         with pytest.raises(ValueError, match="`regime` must be 'joint' for this SingleLocation"):
             tts.sgd(batches, key=KEY, tau=[1e-2], step_size=1e-2, regime=regime, **more)
-    with pytest.raises(TypeError, match="no loss of a batch"):
-        batches.sample_loss(*batches.init(key=KEY), batches.sample(key=KEY, step=0))
+    for kind in (tts.SingleLocation, tts.ScheduledLocation):
+        batches = kind(batch=2)
+        with pytest.raises(TypeError, match="no loss of a batch"):
+            batches.sample_loss(*batches.init(key=KEY), batches.sample(key=KEY, step=0))
+    flat = tts.SingleLocation(dimension=2, form="vectors")
+    with pytest.raises(ValueError, match="`dimension` must be at least 4"):
+        flat.state(kappa=0.6, nu=1.0)
+    np.testing.assert_array_equal(
+        flat.state(kappa=0.6, nu=0.6, theta=0.8, eta=0.8, rho=0.96).slow, [0.6, 0.8]
+    )
+
+
+def test_the_schedule_is_a_clock_also_where_k_and_v_are_eliminated():
+    solver = tts.fast.GradientSteps(20, 0.01)
+    run = tts.sgd(
+        tts.ScheduledLocation(dimension=40),
+        key=KEY,
+        regime=tts.regime.Eliminated(solver),
+        step_size=0.01,
+        tau=[0.0, 0.2],
+    )
+    np.testing.assert_allclose(run.slow[0], [0.0, 0.2], rtol=1e-12)
+
+
+def test_newtons_method_is_not_for_the_sphere():
     with pytest.raises(TypeError, match="`fast.Argmin` is for a fast variable"):
         tts.ScheduledLocation().critical(0.0)

@@ -427,9 +427,17 @@ def test_memory_of_the_published_size():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("configured", [False, True])
-def test_runs_end_on_several_cpu_devices(configured):
+@pytest.mark.parametrize(
+    ("way", "configured"),
+    [
+        ("regime='limit'", False),
+        ("regime='limit'", True),
+        ("epsilon=1e-3, regime=tts.regime.Inner(1, restart=True)", False),
+    ],
+)
+def test_runs_end_on_several_cpu_devices(way, configured):
     """A factorisation in a loop on several of them has waited for ever."""
+    end = 4.0 if "limit" in way else 4e-3  # 20 steps
     program = f"""
         import jax, tts_jax as tts
         from tts_jax import _compat
@@ -438,8 +446,8 @@ def test_runs_end_on_several_cpu_devices(configured):
         problems = [
             tts.MeanFieldKernel.of_target(key=jax.random.key(seed), **options) for seed in range(4)
         ]
-        run = tts.sgd(problems, key=jax.random.key(9), regime="limit",
-                      step_size=0.2, tau=[0.0, 4.0])
+        key = jax.random.key(9)
+        run = tts.sgd(problems, key=key, step_size=0.2, tau=[0.0, {end}], {way})
         print(len(jax.devices()), run.status.tolist())
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}

@@ -131,6 +131,9 @@ def _lanczos(
 
     zero = jnp.zeros(steps, start.dtype)
     basis, diagonal, beside = jax.lax.fori_loop(0, steps, step, (basis, zero, zero))
+    # past an end the rows are no vectors: their values shall not be the smallest
+    empty = jnp.sum(basis[:-1] ** 2, axis=1) == 0.0
+    diagonal = jnp.where(empty, 1.0 + 2.0 * jnp.max(jnp.abs(diagonal)), diagonal)
     ritz = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
     values, vectors = jnp.linalg.eigh(ritz)
     return values[0], jnp.abs(beside[-1] * vectors[-1, 0]), vectors[:, 0] @ basis[:-1]

@@ -218,9 +218,15 @@ class AbstractProblem(eqx.Module):
             def moved(step: Array) -> Array:
                 return self.fast_loss(place.retract(fast, unravel(along(step))), slow)
 
-            hessian = jax.hessian(moved)(jnp.zeros_like(flat))
+            def speed(force: Array) -> Array:
+                return ravel_pytree(place.velocity(fast, unravel(along(force))))[0]
+
+            still = jnp.zeros_like(flat)
+            weights, axes = jnp.linalg.eigh(jax.jacfwd(speed)(still))
+            root = (axes * jnp.sqrt(jnp.maximum(weights, 0.0))) @ axes.T
+            hessian = root @ jax.hessian(moved)(still) @ root
             # directions that lead out of the geometry do not count: above all others
-            outward = jnp.eye(flat.size) - jax.jacfwd(along)(jnp.zeros_like(flat))
+            outward = jnp.eye(flat.size) - jax.jacfwd(along)(still)
             hessian += (1.0 + jnp.linalg.norm(hessian)) * outward
         values = jnp.linalg.eigvalsh(hessian)
         # what the largest eigenvalue's rounding hides counts as none

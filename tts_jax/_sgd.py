@@ -313,7 +313,7 @@ class _Family(NamedTuple):
     def of(problem: AbstractProblem | Sequence[AbstractProblem]) -> "_Family":
         """Check that several problems can run side by side."""
         own = isinstance(problem, Sequence)
-        problems = tuple(problem) if own else (problem,)
+        problems = tuple(map(_with_arrays, problem)) if own else (problem,)
         remedy = "Build for example `tts.Univariate`, or give a sequence of problems."
         if not problems:
             raise ValueError(f"Argument `problem` must hold at least one problem, got []. {remedy}")
@@ -363,6 +363,11 @@ class _Family(NamedTuple):
         assert keys is not None  # `sgd` has checked
         numbers, static = self.numbers(np.float64)
         return _init_program(static, self.axis)(numbers, keys)
+
+
+def _with_arrays(problem: Any) -> Any:
+    """The problem with its floats as arrays, which may differ between seeds."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, float) else leaf, problem)
 
 
 @functools.lru_cache(maxsize=32)

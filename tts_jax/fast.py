@@ -110,7 +110,8 @@ class Quadratic(AbstractFastSolver):
     Where the problem's `fast_geometry` is the unit sphere, y is one vector and (∇²_y g + μ) y = b,
     with the Lagrange multiplier μ above minus the smallest eigenvalue, which is where |y| = 1. The
     condition is that of this matrix; it is infinite where y and its mirror image in the lowest
-    eigenvector do equally well.
+    eigenvector do equally well. One of them is the answer, with its derivatives; where several
+    eigenvectors are lowest these have none, and are 0.
     """
 
     def solve(
@@ -363,7 +364,8 @@ class Argmin(AbstractFastSolver):
 class GradientSteps(AbstractFastSolver):
     """`count` steps of gradient descent in y from the start: not the minimiser, but towards it.
 
-    They stay where the problem's `fast_geometry` has them, from zero or where zero is projected to.
+    They stay where the problem's `fast_geometry` has them, and need a start there; from zero they
+    begin in all of space only.
 
     Attributes:
         count: the number of steps.
@@ -498,21 +500,26 @@ def _on_sphere(
     y = vectors @ (y / jnp.linalg.norm(y))
     condition = jnp.where(open_end, jnp.inf, 1.0 + gaps[-1] / jnp.where(open_end, 1.0, shift))
     flat = jnp.append(y, shift - values[0])
-    bordered = jnp.eye(y.size + 1, dtype=y.dtype)
-    known = jnp.block([[jax.lax.stop_gradient(hessian), y[:, None]], [y[None], jnp.zeros((1, 1))]])
+    # bordered by y the matrix is regular, unless it is singular across y
+    across = jnp.sum(gaps + shift <= tiny) > 1
+    corner = jnp.zeros((1, 1), y.dtype)
+    known = jnp.block([[jax.lax.stop_gradient(hessian), y[:, None]], [y[None], corner]])
     known = known.at[jnp.arange(y.size), jnp.arange(y.size)].add(flat[-1])
-    bordered = jax.lax.stop_gradient(jnp.where(open_end, bordered, known))
+    lost = across | (open_end & (missing < 1e-3))
+    bordered = jnp.where(lost, jnp.eye(y.size + 1, dtype=y.dtype), known)
+    bordered = jax.lax.stop_gradient(bordered)
 
     def wrong(at: Array) -> Array:
         y, multiplier = at[:-1], at[-1]
         return -jnp.append(gradient(y) + multiplier * y, (y @ y - 1.0) / 2.0)
 
     factor = jax.scipy.linalg.lu_factor(bordered)
-    keep = jnp.where(open_end, 0.0, 1.0)
+    keep = jnp.where(lost, 0.0, 1.0).astype(y.dtype)
     solve = functools.partial(jax.scipy.linalg.lu_solve, factor)
     flat = jax.lax.stop_gradient(flat)
     flat = _corrected(lambda right: keep * solve(right), wrong, flat)
-    return flat[:-1], condition
+    y = flat[:-1]
+    return y / jnp.linalg.norm(y), condition
 
 
 def _for_geometry(
@@ -524,7 +531,7 @@ def _for_geometry(
         raise TypeError(
             f"`fast.{type(solver).__name__}` is for a fast variable in a geometry of "
             f"{[kind.__name__ for kind in kinds]}, got a `{type(place).__name__}`. Use "
-            f"`fast.GradientSteps` or a solver of your own."
+            f"`fast.GradientSteps` with a start, or a solver of your own."
         )
 
 

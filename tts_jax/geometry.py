@@ -1,6 +1,6 @@
-"""Geometries of the slow variable: where it may be, how it moves there, what its gradient weighs.
+"""Geometries of a variable: where it may be, how it moves there, what its gradient weighs.
 
-A geometry turns the force −∇_x L into the velocity of the slow variable and keeps the variable
+A geometry turns the force −∇_x L into the velocity of a variable and keeps the variable
 where it belongs:
 
     velocity  v = scale · (orthogonal projection of −∇_x L onto the tangent space at x)
@@ -14,7 +14,7 @@ first variation of the loss, which is N times the gradient in that particle.
     def geometry(self):
         return geometry.Particles(geometry.Sphere())
 
-A geometry acts on every array of the slow variable, unless a `Product` names one for each entry
+A geometry acts on every array of its variable, unless a `Product` names one for each entry
 of a dict.
 """
 
@@ -30,7 +30,7 @@ from tts_jax._precision import as_float
 
 
 class AbstractGeometry(eqx.Module):
-    """A set on which the slow variable lives; points and vectors have the form of the variable."""
+    """A set on which a variable lives; points and vectors have the form of the variable."""
 
     @abc.abstractmethod
     def project(self, point: PyTree[Array]) -> PyTree[Array]:
@@ -182,7 +182,7 @@ class Particles(AbstractGeometry):
 
 
 class Product(AbstractGeometry):
-    """One geometry for each entry of a slow variable that is a dict.
+    """One geometry for each entry of a variable that is a dict.
 
     Attributes:
         parts: the geometries by the names of the entries.
@@ -211,6 +211,6 @@ class Product(AbstractGeometry):
         if not isinstance(point, dict) or set(point) != set(self.parts):
             got = sorted(point) if isinstance(point, dict) else f"a {type(point).__name__}"
             raise ValueError(
-                f"A `Product` of {sorted(self.parts)} needs a slow variable that is a dict of "
-                f"these, got {got}. Name every entry of the slow variable."
+                f"A `Product` of {sorted(self.parts)} needs a variable that is a dict of "
+                f"these, got {got}. Name every entry of the variable."
             )

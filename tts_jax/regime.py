@@ -98,6 +98,9 @@ class Inner(AbstractRegime):
     steps: int = eqx.field(static=True)
     restart: bool = eqx.field(static=True, default=False)
 
+    def factorises(self, problem: "AbstractProblem") -> bool:
+        return self.restart  # `init` may do so
+
     @property
     def random(self) -> bool:
         return self.restart

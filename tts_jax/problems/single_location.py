@@ -186,7 +186,8 @@ class AbstractLocation(AbstractProblem):
                 )
         zero = number.zeros_like(a)
         spare = self.axes_of_vectors - 4
-        if spare < 0 and concrete and np.any(c > near):
+        lost = [part for axis, part in ((2, a), (2, number.abs(b)), (3, c)) if axis >= spare + 4]
+        if concrete and any(np.any(part > near) for part in lost):
             raise ValueError(
                 f"Argument `dimension` must be at least 4 for these overlaps in the form "
                 f"'vectors', got {self.dimension}."
@@ -307,7 +308,16 @@ class AbstractLocation(AbstractProblem):
     def prompt_loss(
         self, k: Float[Array, " n"], v: Float[Array, " n"], gain: Array, sample: dict[str, Array]
     ) -> Float[Array, ""]:
-        """The mean of (T(X) − y)² over the prompts of a step."""
+        """The mean of (T(X) − y)² over the prompts of a step.
+
+        Raises:
+            TypeError: the form is `"overlaps"`.
+        """
+        if self.form == "overlaps":
+            raise TypeError(
+                f"`{type(self).__name__}` has no loss of a batch in the form 'overlaps', which "
+                f"knows its gradient only, in law. Use `form='vectors'`, or `regime='joint'`."
+            )
         tokens = sample["tokens"]
         found = jnp.sum(erf(gain * (tokens @ k)) * (tokens @ v), axis=-1)
         return jnp.mean((found - sample["labels"]) ** 2)
@@ -438,12 +448,6 @@ class SingleLocation(AbstractLocation):
     ) -> Float[Array, ""]:
         if self.batch is None:
             return self.loss(fast, slow)
-        if self.form == "overlaps":
-            raise TypeError(
-                "`SingleLocation` has no loss of a batch as a function of v in the form "
-                "'overlaps', which knows its gradient only, in law. Use `form='vectors'`, or "
-                "`regime='joint'`."
-            )
         return self.prompt_loss(slow, fast, self.gain, sample)
 
     def sample_gradient(
@@ -498,10 +502,6 @@ class ScheduledLocation(AbstractLocation):
     @property
     def fast_geometry(self) -> AbstractGeometry:
         return Product({"k": Sphere(), "v": Sphere()})
-
-    @property
-    def envelope(self) -> bool:
-        return False
 
     def gain_at(self, slow: Float[Array, "..."]) -> Float[Array, "..."]:
         """λ/(1 + τ)."""

@@ -344,7 +344,7 @@ class MeanFieldKernel(AbstractProblem):
         return jnp.sum(values / (values + len(self.labels) * self.penalty))
 
     def kernel_alignment(self, slow: Float[Array, "N axis"]) -> Float[Array, ""]:
-        """fᵀSf/(|f|²|S|_F) with the labels without noise f, the mean over tasks.
+        """fᵀSf/(|f|²|S|_F) with the labels without noise f, the mean over tasks; of f = 0 it is 0.
 
         Raises:
             TypeError: the problem has no `clean_labels`.
@@ -356,7 +356,8 @@ class MeanFieldKernel(AbstractProblem):
             )
         f = jnp.asarray(self.clean_labels).reshape(len(self.labels), -1)
         seen = self.features(slow, jnp.asarray(self.inputs)).T @ f
-        each = jnp.sum(seen**2, axis=0) / self.width / jnp.sum(f**2, axis=0)
+        square = jnp.sum(f**2, axis=0)
+        each = jnp.sum(seen**2, axis=0) / self.width / jnp.where(square > 0.0, square, 1.0)
         return jnp.mean(each) / jnp.linalg.norm(self.gram(slow))
 
     def parameter_alignment(self, slow: Float[Array, "N axis"]) -> Float[Array, ""]:
@@ -369,7 +370,8 @@ class MeanFieldKernel(AbstractProblem):
             raise TypeError("`parameter_alignment` needs directions. Pass `directions=`.")
         u = slow[:, :-1]
         along = u @ jnp.asarray(self.directions).T
-        return jnp.mean(jnp.sum(along**2, axis=1) / jnp.sum(u**2, axis=1))
+        square = jnp.sum(u**2, axis=1)
+        return jnp.mean(jnp.sum(along**2, axis=1) / jnp.where(square > 0.0, square, 1.0))
 
     def test_error(
         self, fast: Float[Array, "N ..."], slow: Float[Array, "N axis"]
