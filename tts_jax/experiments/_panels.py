@@ -65,6 +65,30 @@ def nearest(trajectory: tts.Trajectory, tau: float) -> int:
     return int(np.argmin(np.abs(np.asarray(trajectory.tau) - tau)))
 
 
+def setting(run: tts.Trajectory, name: str) -> float:
+    """A number of the settings of a run, NaN if there is none of the name."""
+    return float(np.ravel(np.asarray(run.settings.get(name, np.nan)))[0])
+
+
+def median_band(
+    ax: Axes,
+    x: Any,
+    values: Any,
+    label: str,
+    color: str,
+    dashes: Any = "-",
+    *,
+    part: tuple[float, float] | None = (0.0, 1.0),
+) -> None:
+    """The median over seeds of `values [seeds, T]`, and the band between two of their quantiles, if
+    there shall be one."""
+    values, x = np.asarray(values), np.asarray(x)
+    ax.plot(x, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
+    if part is not None and values.shape[0] > 1:
+        low, high = np.nanquantile(values, part, axis=0)
+        ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
 def legend(owner: Figure, *sources: Axes) -> None:
     """The entries of `sources`, each once, in one row above all panels of `owner`."""
     entries: dict[str, Any] = {}

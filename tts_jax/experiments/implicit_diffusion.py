@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot
-from tts_jax.experiments._panels import legend, nearest, settings_from
+from tts_jax.experiments._panels import legend, median_band, nearest, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -253,14 +252,10 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
 # --- numbers --------------------------------------------------------------------------------
 
 
-def _number(run: tts.Trajectory, name: str) -> float:
-    return float(np.ravel(np.asarray(run.settings.get(name, np.nan)))[0])
-
-
 def _moves(run: tts.Trajectory) -> np.ndarray:
     """How often the particles had moved at the recorded times."""
-    step = _number(run, "epsilon") * _number(run, "step_size")
-    return np.asarray(run.tau) / step * _number(run, "inner")
+    step = setting(run, "epsilon") * setting(run, "step_size")
+    return np.asarray(run.tau) / step * setting(run, "inner")
 
 
 def _seen(run: tts.Trajectory, name: str) -> np.ndarray:
@@ -295,16 +290,16 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
         ends = [_seen(run, one)[good][:, -1] for one in names]
         ends[2] = ends[2][..., 1]
         ends.append(largest_gap(run)[good])
-        steps = run.method == "sgd" and _number(run, "epsilon") > 0
+        steps = run.method == "sgd" and setting(run, "epsilon") > 0
         rows.append(
             (
                 name,
                 case,
                 f"{np.shape(run.fast)[-1]}",
-                f"{_number(run, 'step_size'):g}" if steps else "-",
-                f"{_number(run, 'epsilon') * _number(run, 'step_size'):g}" if steps else "-",
-                f"{_number(run, 'inner'):g}" if steps else "-",
-                f"{_number(run, 'penalty'):g}",
+                f"{setting(run, 'step_size'):g}" if steps else "-",
+                f"{setting(run, 'epsilon') * setting(run, 'step_size'):g}" if steps else "-",
+                f"{setting(run, 'inner'):g}" if steps else "-",
+                f"{setting(run, 'penalty'):g}",
                 f"{good.size}",
                 f"{np.sum(~good)}",
                 *(f"{np.median(end):.3g}" if end.size else "nan" for end in ends),
@@ -323,16 +318,6 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
 # --- drawings -------------------------------------------------------------------------------
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
-
-
-def _curves(
-    ax: Axes, x: Any, values: np.ndarray, label: str, color: str, dashes: Any = "-"
-) -> None:
-    """The median over seeds, and the band that they fill."""
-    ax.plot(x, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
-    if values.shape[0] > 1:
-        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
 _BUDGET = {
@@ -354,11 +339,11 @@ def draw_budget(data: Mapping[str, tts.Trajectory]) -> Figure:
         run = data[case]
         dashes = _DASHES[place % 4] if place < 4 else "-"
         values, color = _seen(run, "expected_reward"), plot.COLORS[place]
-        _curves(left, _moves(run), values, label, color, dashes)
-        _curves(right, run.tau, values, label, color, dashes)
+        median_band(left, _moves(run), values, label, color, dashes)
+        median_band(right, run.tau, values, label, color, dashes)
     limit = data["limit"]
     values = _seen(limit, "expected_reward")
-    _curves(right, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
+    median_band(right, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
     left.set(xlabel="steps of the particles", ylabel="expected reward of π(θ)")
     right.set(xlabel="slow time τ")
     plot.panel_letters([left, right])
@@ -374,20 +359,20 @@ def draw_weights(data: Mapping[str, tts.Trajectory]) -> Figure:
     left, right = figure.subplots(1, 2)
     single, limit = data["single"], data["limit"]
     particles = _seen(single, "mean_reward")
-    _curves(left, single.tau, particles, "particles", plot.COLORS[5])
+    median_band(left, single.tau, particles, "particles", plot.COLORS[5])
     for place, (case, label) in enumerate(
         {"single": "single loop", "exact": "exact samples"}.items()
     ):
         run = data[case]
         values = _seen(run, "expected_reward")
-        _curves(left, run.tau, values, label, plot.COLORS[place], _DASHES[place])
+        median_band(left, run.tau, values, label, plot.COLORS[place], _DASHES[place])
     values = _seen(limit, "expected_reward")
-    _curves(left, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
+    median_band(left, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
     left.set(xlabel="slow time τ", ylabel="reward")
     left.legend(loc="lower right")
     for mode, color in enumerate(plot.COLORS):
         values = _seen(single, "weights")[..., mode]
-        _curves(right, single.tau, values, f"{60 * mode}°", color)
+        median_band(right, single.tau, values, f"{60 * mode}°", color)
         flow = _seen(limit, "weights")[0, :, mode]
         right.plot(limit.tau, flow, color=plot.TARGET_COLOR, ls=(0, (1, 1.2)), lw=1.0)
     right.set(xlabel="slow time τ", ylabel="weight of the mode", yscale="log")
@@ -431,8 +416,8 @@ def draw_ratio(data: Mapping[str, tts.Trajectory]) -> Figure:
     for place, kind in enumerate(SWEEPS):
         runs = [data[_swept(kind, ratio)] for ratio in RATIOS]
         gaps = np.stack([largest_gap(run) for run in runs], axis=1)
-        label = f"γ = {_number(runs[0], 'step_size'):g}, n = {np.shape(runs[0].fast)[-1]}"
-        _curves(left, RATIOS, gaps, label, plot.COLORS[place], _DASHES[place])
+        label = f"γ = {setting(runs[0], 'step_size'):g}, n = {np.shape(runs[0].fast)[-1]}"
+        median_band(left, RATIOS, gaps, label, plot.COLORS[place], _DASHES[place])
     leaves = leaving_ratio(data["limit"])
     left.axvline(leaves, color=plot.TARGET_COLOR, lw=0.8, ls=(0, (5, 1.5)))
     left.text(1.08 * leaves, left.get_ylim()[0], "ε_eff = 1", va="bottom", fontsize=8)
@@ -446,11 +431,11 @@ def draw_ratio(data: Mapping[str, tts.Trajectory]) -> Figure:
     for place, ratio in enumerate((0.1, 0.5, 1.0, 2.5, 50.0)):
         run = data[_swept("fine", ratio)]
         values = _seen(run, "expected_reward")
-        _curves(right, run.tau, values, f"ε = {ratio:g}", plot.COLORS[place])
+        median_band(right, run.tau, values, f"ε = {ratio:g}", plot.COLORS[place])
     limit = data["limit"]
     values = _seen(limit, "expected_reward")
-    _curves(right, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
-    step = _number(data[_swept("fine", 0.1)], "step_size")
+    median_band(right, limit.tau, values, "reduced flow", plot.TARGET_COLOR, (0, (1, 1.2)))
+    step = setting(data[_swept("fine", 0.1)], "step_size")
     right.set(xlabel="slow time τ", ylabel="expected reward of π(θ)", title=f"γ = {step:g}")
     right.legend(loc="upper left")
     plot.panel_letters([left, right])
@@ -467,8 +452,10 @@ def draw_penalty(data: Mapping[str, tts.Trajectory]) -> Figure:
             {"penalised": "subtracted", "released": "as released"}.items()
         ):
             run, flow, color = data[case], data[f"{case}_limit"], plot.COLORS[place]
-            _curves(ax, run.tau, _seen(run, name), label, color)
-            _curves(ax, flow.tau, _seen(flow, name), f"{label}, reduced flow", color, (0, (1, 1.2)))
+            median_band(ax, run.tau, _seen(run, name), label, color)
+            median_band(
+                ax, flow.tau, _seen(flow, name), f"{label}, reduced flow", color, (0, (1, 1.2))
+            )
         ax.set_xlabel("slow time τ")
     panels[0].set_ylabel("KL(p_ref | π)")
     panels[1].set_ylabel("expected reward of π(θ)")

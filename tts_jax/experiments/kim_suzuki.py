@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot, regime
-from tts_jax.experiments._panels import legend, settings_from
+from tts_jax.experiments._panels import legend, median_band, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -268,10 +268,6 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
 _TRANSIENT = 0.1
 
 
-def _number(run: tts.Trajectory, name: str) -> float:
-    return float(np.ravel(np.asarray(run.settings[name]))[0])
-
-
 def gaps(run: tts.Trajectory, reduced: tts.Trajectory) -> np.ndarray:
     """|L − L of the reduced run| at the common records, `[seeds, T]`."""
     return np.abs(np.asarray(run.loss) - np.asarray(reduced.loss))
@@ -302,10 +298,10 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
             gap = median(largest_gap(run, data["reduced"]))
         if "curvature" in run.observables:
             curvature = median(np.nanmin(run.observables["curvature"], axis=1))
-        steps = int(_number(run, "inner_steps"))
+        steps = int(setting(run, "inner_steps"))
         rows.append(
             (
-                *(name, case, f"{_number(run, 'prompt_length'):g}", f"{steps or '-'}"),
+                *(name, case, f"{setting(run, 'prompt_length'):g}", f"{steps or '-'}"),
                 *(f"{good.size}", f"{np.sum(~good)}"),
                 *(median(np.asarray(run.loss)[:, at]) for at in (0, -1)),
                 median(np.asarray(run.observables["feature_loss"])[:, -1]),
@@ -327,12 +323,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1
 
 
 def _curves(ax: Axes, t: Any, values: Any, label: str, place: int) -> None:
-    """The median over seeds, and the band that they fill."""
-    values, t, color = np.asarray(values), np.asarray(t), plot.COLORS[place]
-    ax.plot(t, np.nanmedian(values, axis=0), color=color, ls=_DASHES[place], label=label)
-    if values.shape[0] > 1:
-        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        ax.fill_between(t, low, high, color=color, alpha=0.15, lw=0)
+    median_band(ax, t, values, label, plot.COLORS[place], _DASHES[place])
 
 
 def _panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -361,7 +352,7 @@ def draw_joint(data: Mapping[str, tts.Trajectory]) -> Figure:
     _curves(left, reduced.tau, reduced.loss, "W eliminated", 0)
     for place, case in enumerate(_JOINT, start=1):
         run = data[case]
-        label = f"c = {int(_number(run, 'inner_steps'))}"
+        label = f"c = {int(setting(run, 'inner_steps'))}"
         _curves(left, run.tau, run.loss, label, place)
         _curves(middle, run.tau, gaps(run, reduced), label, place)
         _curves(right, run.series["tau"], run.series["epsilon_eff"], label, place)
@@ -384,7 +375,7 @@ def draw_saddle(data: Mapping[str, tts.Trajectory]) -> Figure:
     figure, (left, middle, right) = _panels(titles)
     for place, case in enumerate(_SADDLE):
         run = data[case]
-        label = f"offset {_number(run, 'offset'):.0e}".replace("e-0", "e-")
+        label = f"offset {setting(run, 'offset'):.0e}".replace("e-0", "e-")
         tau, below = np.asarray(run.tau), 0.5 - np.asarray(run.loss)[0]
         left.plot(
             tau, np.where(below > 1e-13, below, np.nan), color=plot.COLORS[place], label=label
@@ -422,12 +413,12 @@ def draw_prompts(data: Mapping[str, tts.Trajectory]) -> Figure:
     cases = ("reduced", *_PROMPT, "prompt_100_sampled")
     for place, case in enumerate(cases):
         run = data[case]
-        length = _number(run, "prompt_length")
+        length = setting(run, "prompt_length")
         label = f"n = {'∞' if np.isinf(length) else f'{length:g}'}"
         label += ", prompts drawn" if case.endswith("sampled") else ""
         _curves(left, run.tau, run.loss, label, place)
         _curves(middle, run.tau, run.observables["feature_loss"], label, place)
-    n = np.array([_number(data[case], "prompt_length") for case in _PROMPT])
+    n = np.array([setting(data[case], "prompt_length") for case in _PROMPT])
     ends = {
         "L at length n": [np.median(np.asarray(data[case].loss)[:, -1]) for case in _PROMPT],
         "the features, n = ∞": [
@@ -451,7 +442,7 @@ def draw_birth_death(data: Mapping[str, tts.Trajectory]) -> Figure:
     figure, (left, right) = _panels(("loss L", "effective particles"))
     for place, case in enumerate(("reduced", *_BIRTHS)):
         run = data[case]
-        rate = _number(run, "birth_death")
+        rate = setting(run, "birth_death")
         label = f"rate {rate:g} (ours)" if rate else "equal weights"
         _curves(left, run.tau, run.loss, label, place)
         if rate:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import tts_jax as tts
 from tts_jax import _checks, plot
 from tts_jax.experiments import _study
-from tts_jax.experiments._panels import settings_from
+from tts_jax.experiments._panels import median_band, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -316,12 +316,8 @@ def _curves(
 ) -> None:
     """The median over seeds, and the band of 95 % of them unless there are several kinds."""
     dashes = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))[place % 4]
-    values, color = np.asarray(values), plot.COLORS[place % len(plot.COLORS)]
-    steps = np.asarray(run.tau)
-    ax.plot(steps, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
-    if band and values.shape[0] > 1:
-        low, high = np.nanquantile(values, (0.025, 0.975), axis=0)
-        ax.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
+    color = plot.COLORS[place % len(plot.COLORS)]
+    median_band(ax, run.tau, values, label, color, dashes, part=(0.025, 0.975) if band else None)
 
 
 def _each(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int, mixed: bool) -> None:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot
-from tts_jax.experiments._panels import legend, settings_from
+from tts_jax.experiments._panels import legend, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -206,8 +206,8 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
                 name,
                 case,
                 f"{np.shape(run.slow)[-2]}",
-                f"{_number(run, 'data'):g}",
-                f"{_number(run, 'label_noise'):g}",
+                f"{setting(run, 'data'):g}",
+                f"{setting(run, 'label_noise'):g}",
                 f"{good.size}",
                 f"{np.sum(~good)}",
                 *changes,
@@ -219,10 +219,6 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
         "a step. Seconds are those of runs not shared with a figure above.",
     )
     return Table(header, rows, notes)
-
-
-def _number(run: tts.Trajectory, name: str) -> float:
-    return float(np.ravel(np.asarray(run.settings[name]))[0])
 
 
 # --- drawings -------------------------------------------------------------------------------

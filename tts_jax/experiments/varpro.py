@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import _checks, plot
-from tts_jax.experiments._panels import legend, settings_from
+from tts_jax.experiments._panels import legend, median_band, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
 
@@ -267,7 +267,7 @@ def saved(folder: str | os.PathLike[str], figure: str, settings: Settings) -> tt
         "data": settings.samples,
     }
     known = set(expected) <= set(run.settings)
-    same = known and all(np.isclose(_number(run, name), value) for name, value in expected.items())
+    same = known and all(np.isclose(setting(run, name), value) for name, value in expected.items())
     seeds, width = np.shape(run.slow)[0], _width(run)
     long_enough = np.isclose(np.asarray(run.tau)[-1], settings.t[-1])
     good = same and width == settings.width and seeds >= settings.seeds and long_enough
@@ -287,21 +287,17 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
 # --- numbers --------------------------------------------------------------------------------
 
 
-def _number(run: tts.Trajectory, name: str) -> float:
-    return float(np.ravel(np.asarray(run.settings[name]))[0])
-
-
 def _width(run: tts.Trajectory) -> int:
     return int(np.shape(run.slow)[-2])
 
 
 def _is_joint(run: tts.Trajectory) -> bool:
-    return _number(run, "epsilon") > 0
+    return setting(run, "epsilon") > 0
 
 
 def separation(run: tts.Trajectory) -> float:
     """ε/λ of a two-timescale run, the separation number for features that move at the rate 1."""
-    return _number(run, "epsilon") / _number(run, "penalty")
+    return setting(run, "epsilon") / setting(run, "penalty")
 
 
 def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Table:
@@ -322,9 +318,9 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
                 name,
                 case,
                 f"{_width(run)}",
-                f"{_number(run, 'penalty'):g}",
-                f"{_number(run, 'gamma'):g}",
-                f"{_number(run, 'prior'):g}",
+                f"{setting(run, 'penalty'):g}",
+                f"{setting(run, 'gamma'):g}",
+                f"{setting(run, 'prior'):g}",
                 f"{separation(run):.2g}" if _is_joint(run) else "-",
                 f"{good.size}",
                 f"{np.sum(~good)}",
@@ -345,13 +341,8 @@ def table(name: str, data: Mapping[str, tts.Trajectory], seconds: float) -> Tabl
 
 
 def _curves(ax: Axes, run: tts.Trajectory, values: Any, label: str, place: int) -> None:
-    """The median over seeds, and the band that they fill."""
     dashes = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))[place]
-    values, t, color = np.asarray(values), np.asarray(run.tau), plot.COLORS[place]
-    ax.plot(t, np.nanmedian(values, axis=0), color=color, ls=dashes, label=label)
-    if values.shape[0] > 1:
-        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        ax.fill_between(t, low, high, color=color, alpha=0.15, lw=0)
+    median_band(ax, run.tau, values, label, plot.COLORS[place], dashes)
 
 
 def _panels(columns: int, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -396,7 +387,7 @@ def draw_widths(data: Mapping[str, tts.Trajectory]) -> Figure:
 
 def draw_gamma(data: Mapping[str, tts.Trajectory]) -> Figure:
     """The same for three teachers: the sharper its modes, the slower."""
-    return _compared(data, _GAMMAS, lambda run: f"γ = {_number(run, 'gamma'):g}")
+    return _compared(data, _GAMMAS, lambda run: f"γ = {setting(run, 'gamma'):g}")
 
 
 @plot.theme()
@@ -406,7 +397,7 @@ def draw_penalty(data: Mapping[str, tts.Trajectory]) -> Figure:
     for ax, cases in zip(panels, (_PENALTIES, _BIASED), strict=True):
         for place, case in enumerate(cases):
             run = data[case]
-            label = f"λ = {_number(run, 'penalty'):g}"
+            label = f"λ = {setting(run, 'penalty'):g}"
             _curves(ax, run, run.observables["teacher_distance"], label, place)
     panels[1].sharey(panels[0])
     panels[0].set_ylabel("distance to the teacher")
@@ -419,7 +410,7 @@ def draw_two_timescale(data: Mapping[str, tts.Trajectory]) -> Figure:
     """Variable projection and two-timescale descent at three λ."""
     pairs = list(zip(_PENALTIES[:3], _TWO, strict=True))
     titles = [
-        f"λ = {_number(data[joint], 'penalty'):g}, ε/λ = {separation(data[joint]):.2g}"
+        f"λ = {setting(data[joint], 'penalty'):g}, ε/λ = {separation(data[joint]):.2g}"
         for _, joint in pairs
     ]
     figure, panels = _panels(3, titles)
@@ -434,7 +425,7 @@ def draw_two_timescale(data: Mapping[str, tts.Trajectory]) -> Figure:
 
 
 def _teacher(run: tts.Trajectory) -> tts.CircleTeacher:
-    return tts.CircleTeacher(_number(run, "gamma"))
+    return tts.CircleTeacher(setting(run, "gamma"))
 
 
 def _density_axes(ax: Axes, highest: float) -> None:
