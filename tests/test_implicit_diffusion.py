@@ -381,8 +381,11 @@ def test_the_penalty_with_both_signs(published_sign):
         ({"particles": 1}, "Argument `particles` must be an integer of at least 2, got 1"),
         ({"particles": 10.0}, "Argument `particles` must be an integer"),
         ({"reward": "soft"}, "Argument `reward` must be one of 'hard', 'smooth', got 'soft'"),
-        ({"penalty": -0.1}, r"Argument `penalty` must be one number.* got -0.1.*published_sign"),
-        ({"penalty": np.inf}, "Argument `penalty` must be one number"),
+        (
+            {"penalty": -0.1},
+            r"Argument `penalty` must be zero or positive, got -0.1.*published_sign",
+        ),
+        ({"penalty": np.inf}, "Argument `penalty` must be zero or positive"),
         ({"penalty": [0.1, 0.2]}, "Argument `penalty` must be one number"),
         ({"reference_std": 0.0}, "Argument `reference_std` must be from 0.2 to 2, got 0.0"),
         ({"reference_batch": -1}, "Argument `reference_batch` must be an integer of at least 0"),

@@ -485,7 +485,7 @@ def test_births_and_deaths_speed_up_the_descent():
         ({"targets": np.ones(5)}, r"Argument `targets` must have shape \[rows, columns\]"),
         ({"inputs": np.full((5, 2), np.nan)}, "Argument `inputs` must be finite"),
         ({"targets": np.ones((5, 6))}, "Argument `inputs` must have at least 6 rows"),
-        ({"particles": 1}, "Argument `particles` must be an integer of at least 2, the number of"),
+        ({"particles": 1}, "Argument `particles` must be an integer of at least 2, got 1"),
         ({"prompt_length": 1}, "Argument `prompt_length` must be an integer of at least 2"),
         ({"prompt_length": 2.5}, "Argument `prompt_length` must be an integer of at least 2"),
         ({"prompt_length": 4, "prompts": 0}, "Argument `prompts` must be an integer of at least 1"),

@@ -488,9 +488,9 @@ def test_the_flow_is_the_schedule_with_small_steps():
     ("options", "message"),
     [
         ({"gain": 0.0}, "`gain` must be positive"),
-        ({"gain": [0.1, 0.2]}, "`gain` must be positive and one finite number"),
+        ({"gain": [0.1, 0.2]}, "`gain` must be one number"),
         ({"gain": np.nan}, "`gain`"),
-        ({"spread": -1.0}, "`spread` must not be negative"),
+        ({"spread": -1.0}, "`spread` must be zero or positive"),
         ({"noise": np.inf}, "`noise`"),
         ({"dimension": 1}, "`dimension` must be an integer of at least 2"),
         ({"dimension": 5, "batch": 2}, "`dimension` must be an integer of at least 6"),

@@ -346,13 +346,13 @@ def test_the_published_outcomes_in_small(end, seeds):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"entropy": 0.0}, "Argument `entropy` must be one positive number, got 0.0"),
-        ({"outer_decay": -1.0}, "Argument `outer_decay` must be one positive number, got -1.0"),
-        ({"inner_decay": np.ones(2)}, "Argument `inner_decay` must be one positive number"),
-        ({"label_noise": -0.1}, "Argument `label_noise` must be one zero or positive number"),
+        ({"entropy": 0.0}, "Argument `entropy` must be positive, got 0.0"),
+        ({"outer_decay": -1.0}, "Argument `outer_decay` must be positive, got -1.0"),
+        ({"inner_decay": np.ones(2)}, "Argument `inner_decay` must be one number"),
+        ({"label_noise": -0.1}, "Argument `label_noise` must be zero or positive"),
         ({"width": 0}, "Argument `width` must be an integer of at least 1, got 0"),
         ({"inputs": np.ones(5)}, r"Argument `inputs` must have shape \[n, d\]"),
-        ({"inputs": np.full((5, 2), np.nan)}, "Argument `inputs` must be finite, got nan"),
+        ({"inputs": np.full((5, 2), np.nan)}, "Argument `inputs` must be finite"),
         ({"labels": np.ones(4)}, r"Argument `labels` must have shape \[n\] or \[n, T\] with n = 5"),
         ({"clean_labels": np.ones(4)}, r"Argument `clean_labels` must have shape \(5,\)"),
         ({"test_inputs": np.ones((4, 2))}, "Arguments `test_inputs` and `test_labels` must be"),
@@ -377,7 +377,7 @@ def test_bad_problems_are_refused(options, message):
 def test_bad_targets_states_and_dynamics_are_refused():
     with pytest.raises(ValueError, match="Argument `samples` must be an integer of at least 1"):
         of_target(samples=0)
-    with pytest.raises(ValueError, match="Argument `noise` must be one zero or positive number"):
+    with pytest.raises(ValueError, match="Argument `noise` must be zero or positive"):
         of_target(noise=-1.0)
     with pytest.raises(ValueError, match=r"Argument `target` must map inputs \[n, d\] to \[n\]"):
         of_target(target=np.sum)

@@ -1,6 +1,12 @@
 """Fast, exact simulation of two-timescale (fast–slow) learning dynamics in JAX."""
 
-from tts_jax import fast as fast, geometry as geometry, regime as regime, theory as theory
+from tts_jax import (
+    checks as checks,
+    fast as fast,
+    geometry as geometry,
+    regime as regime,
+    theory as theory,
+)
 from tts_jax._curvature import (
     Curvature as Curvature,
     smallest_curvature as smallest_curvature,

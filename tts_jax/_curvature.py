@@ -11,6 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from tts_jax import checks
 from tts_jax._problem import AbstractProblem
 from tts_jax.geometry import Euclidean, Particles
 
@@ -58,8 +59,7 @@ def smallest_curvature(
             f"Argument `problem` must have the geometry `Euclidean()` or `Particles()`, got "
             f"{geometry}: elsewhere the Jacobian of the reduced flow need not be symmetric."
         )
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"Argument `steps` must be an integer of at least 1, got {steps!r}.")
+    steps = checks.positive_integer("steps", steps, "It is a number of products; use e.g. 64.")
     form = problem.structure().slow
     if jax.tree.structure(form) != jax.tree.structure(slow):
         raise ValueError(
@@ -80,10 +80,10 @@ def smallest_curvature(
             f"variable, got {[one.shape for one in forms]}."
         )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((problem, slow))):
-        return _curvatures(problem, slow, key, batch, int(steps))
+        return _curvatures(problem, slow, key, batch, steps)
     with jax.enable_x64(True):
         slow = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), slow)
-        found = _curvatures(problem, slow, key, batch, int(steps))
+        found = _curvatures(problem, slow, key, batch, steps)
         return jax.tree.map(np.asarray, found)
 
 

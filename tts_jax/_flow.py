@@ -11,7 +11,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._integrate import (
     EngineName,
     Run,
@@ -97,8 +97,8 @@ def flow(
     """
     require_double_precision("flow", problem, state, epsilon, tau)
     remedy = "ε is the ratio of the slow to the fast learning rate; for ε = 0 use `limit`."
-    _checks.positive("epsilon", epsilon, remedy)
-    _checks.increasing_times(tau)
+    checks.positive("epsilon", epsilon, remedy)
+    checks.increasing_times(tau)
     check_start(problem, state)
     check_noiseless("flow", problem)
     epsilon = as_double(epsilon)
@@ -169,7 +169,7 @@ def _choose_solver(
     if isinstance(solver, diffrax.AbstractSolver):
         return solver, type(solver).__name__
     names = ("auto", "rodas5p", "kvaerno5", "tsit5")
-    _checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Kvaerno3()`.")
+    checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Kvaerno3()`.")
     if solver == "auto":
         solver = "rodas5p" if _is_stiff(problem, state, epsilon, tau) else "tsit5"
     choices: dict[str, Callable[[], diffrax.AbstractSolver]] = {
@@ -186,7 +186,7 @@ def _is_stiff(
     problem: AbstractProblem, state: State, epsilon: Array, tau: Float[ArrayLike, " T"]
 ) -> bool:
     """Whether stability would hold an explicit solver back, judged at the first start."""
-    if _checks.is_traced(problem, state, epsilon, tau) or _checks.inside_trace():
+    if checks.is_traced(problem, state, epsilon, tau) or checks.inside_trace():
         return True
     lanes = batch_shape(problem, state)
     first = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lanes) :])[0], state)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._flow import flow
 from tts_jax._integrate import check_start
 from tts_jax._limit import limit
@@ -86,21 +86,21 @@ def hitting_times(
     """
     require_double_precision("hitting_times", problem, state, epsilon, tau_end, radius)
     check_start(problem, state)
-    _checks.positive("tau_end", tau_end, "The paper's runs end at 0.035.", single=True)
+    checks.positive("tau_end", tau_end, "The paper's runs end at 0.035.", single=True)
     radius = problem.goal_radius() if radius is None else radius
-    _checks.positive("radius", radius, "For `Univariate` it is η by default.", single=True)
-    _checks.positive_integer("records", records, "Use for example 200.")
-    _checks.positive_integer("refinements", refinements, "Use for example 3.")
+    checks.positive("radius", radius, "For `Univariate` it is η by default.", single=True)
+    checks.positive_integer("records", records, "Use for example 200.")
+    checks.positive_integer("refinements", refinements, "Use for example 3.")
     if epsilon is not None:
         remedy = "Leave it out for the limit ε → 0."
-        _checks.positive("epsilon", epsilon, remedy)
+        checks.positive("epsilon", epsilon, remedy)
     known = jax.eval_shape(lambda state: problem.observables(*state), problem.structure())
     if not known:
         raise TypeError(
             f"`hitting_times` needs distances to goals, but this `{type(problem).__name__}` has no "
             f"observables. Use a target with jumps, knots or breakpoints, or define `observables`."
         )
-    _checks.one_of("observable", observable, known, "Or add it to `problem.observables`.")
+    checks.one_of("observable", observable, known, "Or add it to `problem.observables`.")
     if len(known[observable].shape) != 1:
         raise ValueError(
             f"Argument `observable` must name a vector of distances, got `{observable}` of shape "
@@ -237,7 +237,7 @@ class _Dynamics(eqx.Module):
         Called with numbers, lanes go through the dynamics many at a time; under a
         transformation each has recorded times of its own.
         """
-        if _checks.is_traced(self, times, end) or _checks.inside_trace():
+        if checks.is_traced(self, times, end) or checks.inside_trace():
 
             def alone(lane: Any) -> tuple[Array, Array]:
                 states, epsilon, asked = jax.tree.map(lambda leaf: leaf[None], lane)

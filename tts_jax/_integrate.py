@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from tts_jax import _checks, _compat, _simd
+from tts_jax import _compat, _simd, checks
 from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry
 from tts_jax._trajectory import Status
 from tts_jax.geometry import Euclidean
@@ -25,7 +25,7 @@ from tts_jax.geometry import Euclidean
 
 def as_double(value: ArrayLike) -> Array:
     """`value` in float64, by NumPy where it is concrete: much faster for single solves."""
-    if _checks.is_traced(value):
+    if checks.is_traced(value):
         return jnp.asarray(value, jnp.float64)
     return cast(Array, np.asarray(value, np.float64))
 
@@ -76,20 +76,20 @@ class Run(eqx.Module):
         Raises:
             ValueError: a tolerance or `max_steps` is out of range.
         """
-        _checks.positive("rtol", rtol, "Use for example 1e-7.", single=True)
-        _checks.positive("atol", atol, "Use for example 1e-7.", single=True)
+        checks.positive("rtol", rtol, "Use for example 1e-7.", single=True)
+        checks.positive("atol", atol, "Use for example 1e-7.", single=True)
         # arrays, so that another tolerance does not compile anew
         self.tau, self.rtol, self.atol = (as_double(x) for x in (tau, rtol, atol))
         self.solver = solver
-        self.max_steps = _checks.positive_integer("max_steps", max_steps, "Use e.g. 20_000.")
+        self.max_steps = checks.positive_integer("max_steps", max_steps, "Use e.g. 20_000.")
         self.adjoint, self.progress_meter = adjoint, progress_meter
         remedy = "Pass for example `diffrax.ForwardMode()`, or leave it out."
         if adjoint is not None:
-            _checks.instance("adjoint", adjoint, diffrax.AbstractAdjoint, remedy)
+            checks.instance("adjoint", adjoint, diffrax.AbstractAdjoint, remedy)
         remedy = "Pass for example `diffrax.TqdmProgressMeter()`, or leave it out."
         if progress_meter is not None:
             kind = diffrax.AbstractProgressMeter
-            _checks.instance("progress_meter", progress_meter, kind, remedy)
+            checks.instance("progress_meter", progress_meter, kind, remedy)
 
     def solve(
         self, problem: AbstractProblem, field: Callable[..., Any], start: State, args: Any
@@ -160,9 +160,9 @@ def solution_status(solution: diffrax.Solution, recorded: PyTree[Array]) -> Int[
 
 def check_start(problem: AbstractProblem, state: State) -> None:
     """Refuse what is no state, or has no lanes, or has a NaN or an infinity in it."""
-    _checks.instance("problem", problem, AbstractProblem, "Build for example `tts.Univariate`.")
+    checks.instance("problem", problem, AbstractProblem, "Build for example `tts.Univariate`.")
     remedy = "Build it with `problem.state(...)` or `problem.init(key=...)`."
-    _checks.instance("state", state, State, remedy)
+    checks.instance("state", state, State, remedy)
     lanes = batch_shape(problem, state)
     if 0 in lanes:
         raise ValueError(
@@ -170,7 +170,7 @@ def check_start(problem: AbstractProblem, state: State) -> None:
         )
     for name, part in (("state.fast", state.fast), ("state.slow", state.slow)):
         for leaf in jax.tree.leaves(part):
-            _checks.finite(name, leaf, "Start from finite values.")
+            checks.finite(name, leaf, "Start from finite values.")
     check_geometry(problem, state)
 
 
@@ -278,7 +278,7 @@ def choose_engine(
         ValueError: the engine does not exist, or not for this problem, here, or together with the
             other arguments.
     """
-    _checks.one_of("engine", engine, ("auto", "simd", "loop", "diffrax"), "Or leave it out.")
+    checks.one_of("engine", engine, ("auto", "simd", "loop", "diffrax"), "Or leave it out.")
     remedy = "Leave `engine` out."
     if engine in ("simd", "loop") and not own:
         raise ValueError(
@@ -290,7 +290,7 @@ def choose_engine(
         raise ValueError(
             f"Argument `engine` is {engine!r}, which this `{kind}` does not have. {remedy}"
         )
-    traced = _checks.is_traced(problem, numbers) or _checks.inside_trace()
+    traced = checks.is_traced(problem, numbers) or checks.inside_trace()
     reason = None
     if "simd" in problem.flow_engines:
         reason = "numbers are not known inside a transformation" if traced else _simd.missing()
@@ -374,7 +374,7 @@ def solve_lanes(
         mesh = _compat.lane_mesh(devices[:1])
         return _map_lanes(solve, "one", mesh, (state, epsilon), args), ()
     flat = (batch.state, batch.epsilon)
-    traced = _checks.is_traced(flat, args) or _checks.inside_trace()
+    traced = checks.is_traced(flat, args) or checks.inside_trace()
     mesh = _compat.lane_mesh(devices[: 1 if traced else count])
     # idle lanes of the last device repeat the first ones
     padded = np.arange(-(-count // mesh.size) * mesh.size) % count

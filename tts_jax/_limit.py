@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from tts_jax import _checks, _compat
+from tts_jax import _compat, checks
 from tts_jax._integrate import (
     EngineName,
     Run,
@@ -75,14 +75,14 @@ def limit(
         RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
     """
     require_double_precision("limit", problem, state, tau)
-    _checks.increasing_times(tau)
+    checks.increasing_times(tau)
     check_start(problem, state)
     check_noiseless("limit", problem, averaged=True)
     own = solver == "auto" and adjoint is None and progress_meter is None
     engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
         names = ("auto", "rodas5p", "tsit5")
-        _checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Tsit5()`.")
+        checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Tsit5()`.")
         name = "tsit5" if solver == "tsit5" else "rodas5p"
         solver = Rodas5P(jacobian=_reduced_jacobian) if name == "rodas5p" else diffrax.Tsit5()
     else:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tts_jax._checks import inside_trace, is_traced
+from tts_jax.checks import inside_trace, is_traced
 
 
 P = ParamSpec("P")
@@ -40,11 +40,6 @@ def double_precision(function: Callable[P, R]) -> Callable[P, R]:
             return jax.tree.map(_to_host, function(*args, **kwargs))
 
     return wrapper
-
-
-def as_float(value: Any) -> Any:
-    """Concrete numbers as a NumPy float64 array (it keeps its digits whatever x64 says)."""
-    return jnp.asarray(value) if is_traced(value) else np.asarray(value, dtype=np.float64)
 
 
 def require_double_precision(who: str, *trees: Any) -> None:

@@ -22,9 +22,9 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from tts_jax import _batch_last, fast as fast_solvers
 from tts_jax._batch_last import Lanes
-from tts_jax._checks import inside_trace, is_traced
 from tts_jax._precision import double_precision
 from tts_jax._random import Words
+from tts_jax.checks import inside_trace, is_traced
 from tts_jax.geometry import AbstractGeometry, Euclidean
 
 

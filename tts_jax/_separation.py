@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._integrate import as_double, check_start
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
@@ -34,7 +34,7 @@ def separation(
     Raises:
         ValueError: an argument is out of range or has the wrong shape.
     """
-    _checks.positive("epsilon", epsilon, "It is the ratio of the slow to the fast learning rate.")
+    checks.positive("epsilon", epsilon, "It is the ratio of the slow to the fast learning rate.")
     check_start(problem, state)
     state = jax.tree.map(as_double, state)
     rank = len(batch_shape(problem, state))

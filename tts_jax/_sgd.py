@@ -27,7 +27,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _checks, _compat, _distributed, _separation
+from tts_jax import _compat, _distributed, _separation, checks
 from tts_jax._lanes import ENGINES, REPLAY_STEPS, Cell, LaneRun
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry, one_by_one
@@ -127,7 +127,7 @@ def sgd(
     family = _Family.of(problem)
     problem = family.first
     given = family.problems, key, epsilon, step_size, tau, state, samples
-    if _checks.inside_trace() or _checks.is_traced(given):
+    if checks.inside_trace() or checks.is_traced(given):
         raise TypeError(
             "`sgd` is a loop on the host and cannot be traced by `jit`, `vmap` or `grad`. Call "
             "it directly; it runs many seeds at once by `seeds=` or a batched `state=`."
@@ -136,10 +136,10 @@ def sgd(
     rates = _ratio(epsilon, regime), _rate("step_size", step_size)
     epsilon, step_size = rates
     steps = recorded_steps(tau, epsilon * step_size)
-    _checks.one_of("gradient", gradient, problem.gradients)
+    checks.one_of("gradient", gradient, problem.gradients)
     if observe_every is not None:
         remedy = "It is a number of steps; leave it out to observe nothing."
-        observe_every = _checks.positive_integer("observe_every", observe_every, remedy)
+        observe_every = checks.positive_integer("observe_every", observe_every, remedy)
     hot = any(one is not None for one in problem.temperature)
     if optimizer is not None and hot:
         raise ValueError(
@@ -223,7 +223,7 @@ def _in_lanes(
     problem: AbstractProblem, optimizer: Any, regime: AbstractRegime, engine: Any
 ) -> bool:
     """Whether the run goes in lanes."""
-    _checks.one_of("engine", engine, (*ENGINES, "general"))
+    checks.one_of("engine", engine, (*ENGINES, "general"))
     reasons = {
         f"{type(problem).__name__} has no lanes": not problem.lanes,
         "an optimizer": optimizer is not None,
@@ -262,15 +262,15 @@ def _rate(name: str, value: Any) -> float:
             f"Argument `{name}` must be one number, got shape {np.shape(value)}. Call `sgd` once "
             f"per value."
         )
-    return float(_checks.positive(name, value, "Choose a positive, finite number."))
+    return float(checks.positive(name, value, "Choose a positive, finite number."))
 
 
 def recorded_steps(tau: ArrayLike, per_step: float) -> list[int]:
     """The step numbers nearest to the recorded times."""
-    times = np.asarray(_checks.increasing_times(tau), dtype=np.float64)
+    times = np.asarray(checks.increasing_times(tau), dtype=np.float64)
     ratios = np.rint(times / per_step)
     if ratios[-1] >= 2.0**53:
-        raise _checks.argument_error(
+        raise checks.argument_error(
             "tau",
             "stay below 2^53 steps",
             times[-1],
@@ -319,7 +319,7 @@ class _Family(NamedTuple):
             raise ValueError(f"Argument `problem` must hold at least one problem, got []. {remedy}")
         forms = []
         for one in problems:
-            _checks.instance("problem", one, AbstractProblem, remedy)
+            checks.instance("problem", one, AbstractProblem, remedy)
             leaves, tree = jax.tree.flatten(_abstract(one))
             forms.append((tree, leaves))
         for index, form in enumerate(forms):
@@ -401,7 +401,7 @@ def _number_of_seeds(
     if family.own:
         found["problem"] = len(family.problems)
     if seeds is not None:
-        found["seeds"] = _checks.positive_integer(
+        found["seeds"] = checks.positive_integer(
             "seeds", seeds, "It is the number of independent runs."
         )
     if state is not None:
@@ -415,7 +415,7 @@ def _number_of_seeds(
             found["state"] = shape[0]
         for name, leaf in (("fast", state.fast), ("slow", state.slow)):
             for array in jax.tree.leaves(leaf):
-                _checks.finite(f"state.{name}", array, "A start must be finite.")
+                checks.finite(f"state.{name}", array, "A start must be finite.")
     if stream is not None and stream.own:
         found["samples"] = stream.seeds
     if len(set(found.values())) > 1:
@@ -428,7 +428,7 @@ def _number_of_seeds(
 
 
 def _seed_keys(key: Any, seeds: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    key = typed_key(_checks.random_key(key))
+    key = typed_key(checks.random_key(key))
     if key.ndim:
         raise ValueError(
             f"Argument `key` must be a single key, got shape {key.shape}. One key serves all "
@@ -495,7 +495,7 @@ class _Stream(eqx.Module):
                 f"recorded time, got {lead[-1]}. Give a longer stream or a shorter `tau`."
             )
         for leaf in jax.tree.leaves(values):
-            _checks.finite("samples", leaf, "Every sample must be finite.")
+            checks.finite("samples", leaf, "Every sample must be finite.")
         return _Stream(values, len(lead) == 2)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from tts_jax import _checks, _compat
+from tts_jax import _compat, checks
 from tts_jax._integrate import check_start
 from tts_jax._precision import double_precision, require_double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
@@ -44,14 +44,14 @@ def sharp_limit(
         RuntimeError: traced with `jax_enable_x64` off; or a lane failed and `throw` is set.
     """
     require_double_precision("sharp_limit", problem, state, tau)
-    _checks.increasing_times(tau)
+    checks.increasing_times(tau)
     check_start(problem, state)
     slow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state.slow)
     tau = jnp.asarray(tau, jnp.float64)
     shape = batch_shape(problem, state)
     count = math.prod(shape)
     slow = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(shape) :]), slow)
-    traced = _checks.is_traced(slow, tau, problem) or _checks.inside_trace()
+    traced = checks.is_traced(slow, tau, problem) or checks.inside_trace()
     mesh = _compat.lane_mesh(jax.local_devices()[: 1 if traced else count])
     # idle lanes of the last device repeat the first ones
     padded = np.arange(-(-count // mesh.size) * mesh.size) % count

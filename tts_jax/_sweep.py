@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 import jax
 import numpy as np
 
-from tts_jax import _checks, _distributed
+from tts_jax import _distributed, checks
 from tts_jax._checkpoint import (
     Arrays,
     DamagedFileError,
@@ -143,22 +143,22 @@ class Grid:
         for name in _AXES:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise _checks.argument_error(
+                raise checks.argument_error(
                     name, "hold at least one value, each once", values, "Drop repeated values."
                 )
-        _checks.positive("epsilon", self.epsilon, "Choose positive, finite numbers.")
-        _checks.positive("step_size", self.step_size, "Choose positive, finite numbers.")
-        _checks.positive("tau_end", self.tau_end, "Choose a positive slow time.", single=True)
-        _checks.positive_integer("seeds", self.seeds, "It is the number of runs in each cell.")
-        _checks.positive_integer("records", self.records, "It is the number of recorded times.")
-        _checks.one_of("dynamics", self.dynamics, _ENGINES)
+        checks.positive("epsilon", self.epsilon, "Choose positive, finite numbers.")
+        checks.positive("step_size", self.step_size, "Choose positive, finite numbers.")
+        checks.positive("tau_end", self.tau_end, "Choose a positive slow time.", single=True)
+        checks.positive_integer("seeds", self.seeds, "It is the number of runs in each cell.")
+        checks.positive_integer("records", self.records, "It is the number of recorded times.")
+        checks.one_of("dynamics", self.dynamics, _ENGINES)
         for name in _UNUSED[self.dynamics]:
             if len(getattr(self, name)) > 1:
                 remedy = f"The {self.dynamics} does not depend on it."
-                raise _checks.argument_error(name, "be one number", getattr(self, name), remedy)
-        _checks.one_of("gradient", self.gradient, Univariate.gradients)
-        _checks.one_of("dtype", self.dtype, ("float32", "float64"))
-        _checks.one_of("engine", self.engine, _ENGINES[self.dynamics])
+                raise checks.argument_error(name, "be one number", getattr(self, name), remedy)
+        checks.one_of("gradient", self.gradient, Univariate.gradients)
+        checks.one_of("dtype", self.dtype, ("float32", "float64"))
+        checks.one_of("engine", self.engine, _ENGINES[self.dynamics])
         for cell in self.cells():
             self.problem(cell)
             if self.dynamics == "sgd":
@@ -301,7 +301,7 @@ def sweep(
         )
     if lanes is None:
         lanes = 4096 if jax.local_devices()[0].platform == "cpu" else 131072
-    lanes = _checks.positive_integer("lanes", lanes, "It is the size of a unit of work.")
+    lanes = checks.positive_integer("lanes", lanes, "It is the size of a unit of work.")
     units = plan(grid, lanes, jax.process_count())
     _distributed.barrier("the folder was looked at")
     folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +364,7 @@ def sweep_on(
 
 def _check_seconds(checkpoint_every: float) -> None:
     remedy = "It is the time between checkpoints in seconds."
-    _checks.nonnegative("checkpoint_every", checkpoint_every, remedy, single=True)
+    checks.nonnegative("checkpoint_every", checkpoint_every, remedy, single=True)
 
 
 def _description(grid: Grid, units: Sequence[Unit]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from tts_jax._checkpoint import replacing
-from tts_jax._checks import is_traced
 from tts_jax._problem import AbstractProblem, one_by_one
 from tts_jax._version import __version__
+from tts_jax.checks import is_traced
 
 
 if TYPE_CHECKING:

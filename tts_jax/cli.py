@@ -24,7 +24,7 @@ import tyro
 import xarray
 from tqdm import tqdm
 
-from tts_jax import _checks, _compat, _distributed
+from tts_jax import _compat, _distributed, checks
 from tts_jax._checkpoint import Stopped, replacing, terminated_like_interrupted
 from tts_jax._sweep import RESULT, Grid, resume as resume_run, sweep as start_run
 from tts_jax._trajectory import Status, write_netcdf
@@ -229,10 +229,10 @@ def animate(
 
     try:
         animation.settings_of(experiment, scale, seed=seed, frames=frames)
-        _checks.positive("fps", fps, "Use for example 12.")
-        _checks.positive("dpi", dpi, "Use for example 100.")
+        checks.positive("fps", fps, "Use for example 12.")
+        checks.positive("dpi", dpi, "Use for example 100.")
         if fps > 50:
-            raise _checks.argument_error("fps", "be at most 50", fps, "GIFs know no more.")
+            raise checks.argument_error("fps", "be at most 50", fps, "GIFs know no more.")
     except ValueError as error:
         raise UsageError(str(error)) from error
     _check_folder(out)

@@ -30,7 +30,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax.geometry import Euclidean, Sphere
 
 
@@ -258,7 +258,7 @@ class Ridge(AbstractFastSolver):
     singular: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        _checks.one_of("form", self.form, ("auto", "features", "samples"), "Or leave it out.")
+        checks.one_of("form", self.form, ("auto", "features", "samples"), "Or leave it out.")
 
     def solve(
         self,
@@ -334,7 +334,7 @@ class Argmin(AbstractFastSolver):
                 f"Argument `solver` must be a root finder or a minimiser of Optimistix, got "
                 f"{self.solver!r}. Pass for example `optimistix.BFGS(rtol=1e-9, atol=1e-9)`."
             )
-        _checks.positive_integer("max_steps", self.max_steps, "Use e.g. 256.")
+        checks.positive_integer("max_steps", self.max_steps, "Use e.g. 256.")
 
     def solve(
         self,
@@ -383,9 +383,9 @@ class GradientSteps(AbstractFastSolver):
         Raises:
             ValueError: `count` is no integer ≥ 1 or `step_size` not positive.
         """
-        self.count = _checks.positive_integer("count", count, "It is the number of steps.")
+        self.count = checks.positive_integer("count", count, "It is the number of steps.")
         remedy = "It is the step size of the fast variable."
-        self.step_size = _checks.positive("step_size", step_size, remedy, single=True)
+        self.step_size = checks.positive("step_size", step_size, remedy, single=True)
 
     def solve(
         self,

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _checks
-from tts_jax._precision import as_float
+from tts_jax import checks
 
 
 class AbstractGeometry(eqx.Module):
@@ -136,7 +135,7 @@ class Torus(AbstractGeometry):
             ValueError: a period that is not positive.
         """
         remedy = "It is the length of a side of the box, for example 4.0."
-        self.period = as_float(_checks.positive("period", period, remedy))
+        self.period = checks.as_float(checks.positive("period", period, remedy))
 
     def project(self, point: PyTree[Array]) -> PyTree[Array]:
         def wrap(x: Array) -> Array:

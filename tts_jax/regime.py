@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax.fast import AbstractFastSolver
 
 
@@ -107,7 +107,7 @@ class Inner(AbstractRegime):
 
     def __check_init__(self) -> None:
         remedy = "It is the number of steps of the fast variable for each of the slow one."
-        _checks.positive_integer("steps", self.steps, remedy)
+        checks.positive_integer("steps", self.steps, remedy)
 
     def step(
         self,
@@ -157,9 +157,9 @@ class Eliminated(AbstractRegime):
     def __check_init__(self) -> None:
         if self.solver is not None:
             remedy = "Pass for example `fast.Ridge()`."
-            _checks.instance("solver", self.solver, AbstractFastSolver, remedy)
+            checks.instance("solver", self.solver, AbstractFastSolver, remedy)
         if not 0.0 <= self.memory < 1.0:
-            raise _checks.argument_error(
+            raise checks.argument_error(
                 "memory", "be at least 0 and below 1", self.memory, "0 means none."
             )
 
@@ -227,7 +227,7 @@ def regime_of(given: str | AbstractRegime) -> AbstractRegime:
             f"{given!r}. Pass for example `regime.Inner(10)`."
         )
     remedy = "Or pass for example `regime.Inner(10)`."
-    _checks.one_of("regime", given, ("joint", "limit"), remedy)
+    checks.one_of("regime", given, ("joint", "limit"), remedy)
     return Joint() if given == "joint" else Eliminated()
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._precision import double_precision
 from tts_jax._sharp_limit import sharp_limit
 from tts_jax._trajectory import Trajectory
@@ -52,9 +52,9 @@ def neurons_bound(target: PiecewiseConstant, delta: float) -> int:
     Raises:
         ValueError: δ is out of range.
     """
-    _checks.positive("delta", delta, "Use for example 0.05.", single=True)
+    checks.positive("delta", delta, "Use for example 0.05.", single=True)
     if delta >= 1:
-        raise _checks.argument_error("delta", "be below 1", delta, "Use for example 0.05.")
+        raise checks.argument_error("delta", "be below 1", delta, "Use for example 0.05.")
     lengths = _lengths(target)
     return int(np.ceil(6.0 / lengths.min() * (4.0 + np.log(lengths.size) - np.log(delta))))
 
@@ -97,11 +97,11 @@ def good_start_probability(
     """
     from scipy import special  # slow to import
 
-    neurons = _checks.positive_integer("neurons", neurons, "Use for example 20.")
+    neurons = checks.positive_integer("neurons", neurons, "Use for example 20.")
     if isinstance(at_least, bool) or not isinstance(at_least, (int, np.integer)) or at_least < 0:
         remedy = "Use for example 2."
-        raise _checks.argument_error("at_least", "be an integer of at least 0", at_least, remedy)
-    _checks.nonnegative("spacing", spacing, "Use 0 for none.", single=True)
+        raise checks.argument_error("at_least", "be an integer of at least 0", at_least, remedy)
+    checks.nonnegative("spacing", spacing, "Use 0 for none.", single=True)
     lengths = _lengths(target)
     counts = np.arange(neurons + 1)
     total = np.ones(1)
@@ -138,7 +138,7 @@ def hitting_time(
     """
     remedy = "Distances are u − v and v − u."
     for name, value in (("left", left), ("right", right)):
-        _checks.nonnegative(name, value, remedy)
+        checks.nonnegative(name, value, remedy)
     left, right, rate = (jnp.asarray(x, jnp.float64) for x in (left, right, height))
     return _sharp.pair_hitting_time(
         jnp.minimum(left, right), jnp.maximum(left, right), jnp.square(rate)
@@ -168,12 +168,12 @@ def hitting_time_cdf(
     Raises:
         ValueError: an argument is out of range.
     """
-    _checks.nonnegative("tau", tau, "Slow times start at 0.")
-    neurons = _checks.positive_integer("neurons", neurons, "Use for example 20.")
-    _checks.positive("jump", jump, "Put it inside (0, 1).", single=True)
+    checks.nonnegative("tau", tau, "Slow times start at 0.")
+    neurons = checks.positive_integer("neurons", neurons, "Use for example 20.")
+    checks.positive("jump", jump, "Put it inside (0, 1).", single=True)
     if jump >= 1:
-        raise _checks.argument_error("jump", "be below 1", jump, "Put it inside (0, 1).")
-    _checks.real("height", height, "Use the difference of the two values.")
+        raise checks.argument_error("jump", "be below 1", jump, "Put it inside (0, 1).")
+    checks.real("height", height, "Use the difference of the two values.")
     scaled = np.asarray(tau, float) * float(height) ** 2
     return np.vectorize(lambda time: _cdf(time, float(jump), neurons), otypes=[float])(scaled)
 
@@ -244,10 +244,10 @@ def sample_hitting_times(
         `hitting_time` `[count, jumps]`, infinite where a jump is never hit; `recovery_time`
         `[count]`, their maximum; `status` `[count]`.
     """
-    _checks.instance("target", target, PiecewiseConstant, "Build it with jumps and values.")
-    _checks.random_key(key)
-    neurons = _checks.positive_integer("neurons", neurons, "Use for example 20.")
-    count = _checks.positive_integer("count", count, "Use for example 1000.")
+    checks.instance("target", target, PiecewiseConstant, "Build it with jumps and values.")
+    checks.random_key(key)
+    neurons = checks.positive_integer("neurons", neurons, "Use for example 20.")
+    count = checks.positive_integer("count", count, "Use for example 1000.")
     slow = np.asarray(jax.random.uniform(key, (count, neurons), jnp.float64))
     run = padded_sharp_limit(target, slow, np.zeros(1))
     times = np.asarray(run.stats["hitting_time"])
@@ -273,5 +273,5 @@ def padded_sharp_limit(
 
 
 def _lengths(target: PiecewiseConstant) -> Float[np.ndarray, " pieces"]:
-    _checks.instance("target", target, PiecewiseConstant, "Build it with jumps and values.")
+    checks.instance("target", target, PiecewiseConstant, "Build it with jumps and values.")
     return np.diff(np.asarray(target.jumps, float), prepend=0.0, append=1.0)

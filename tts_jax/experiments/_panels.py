@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks
+from tts_jax import checks
 
 
 GRID = np.linspace(0.0, 1.0, 2001)
@@ -26,12 +26,12 @@ def settings_from(
     Raises:
         ValueError: an unknown experiment or scale, or `seeds` < 1.
     """
-    _checks.one_of("experiment", experiment, table)
-    settings: Any = table[experiment][_checks.one_of("scale", scale, table[experiment])]
+    checks.one_of("experiment", experiment, table)
+    settings: Any = table[experiment][checks.one_of("scale", scale, table[experiment])]
     if seeds is None:
         return settings
     remedy = f"Its default is {settings.seeds}."
-    return replace(settings, seeds=_checks.positive_integer("seeds", seeds, remedy))
+    return replace(settings, seeds=checks.positive_integer("seeds", seeds, remedy))
 
 
 def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:

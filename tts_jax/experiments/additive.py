@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments._panels import legend, settings_from
 from tts_jax.experiments.marion_berthier import (
     Data,
@@ -204,12 +204,12 @@ def _boxes(
     on_result: OnResult | None = None,
 ) -> Data:
     for name in methods:
-        _checks.one_of("methods", name, ("sgd",))
+        checks.one_of("methods", name, ("sgd",))
     if settings is None:
         settings = settings_of(experiment, scale, seeds)
     elif seeds is not None:
         remedy = "Leave it out to take that of `settings`."
-        settings = replace(settings, seeds=_checks.positive_integer("seeds", seeds, remedy))
+        settings = replace(settings, seeds=checks.positive_integer("seeds", seeds, remedy))
     problems, data = settings.problems(), {}
     for epsilon in settings.epsilon:
         name = f"sgd_epsilon_{epsilon:g}"
@@ -232,7 +232,7 @@ def published(experiment: str) -> dict[float, np.ndarray]:
 
     Read off the stored outputs of the published notebooks; those of ten dimensions lack ε = 0.01.
     """
-    final = published_outcomes()["final"][_checks.one_of("experiment", experiment, SETTINGS)]
+    final = published_outcomes()["final"][checks.one_of("experiment", experiment, SETTINGS)]
     return {float(epsilon): np.asarray(values) for epsilon, values in final.items()}
 
 
@@ -249,7 +249,7 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- drawings -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments import marion_berthier, varpro
 from tts_jax.experiments._panels import GRID, jumps_of, number, one_seed, problem_of, target_of
 from tts_jax.experiments.marion_berthier import Data, OnResult, Scale, Settings
@@ -44,12 +44,12 @@ def settings_of(
     Raises:
         ValueError: an unknown experiment or scale, `seed` < 0, or `frames` < 2.
     """
-    _checks.one_of("experiment", experiment, FIGURES)
+    checks.one_of("experiment", experiment, FIGURES)
     remedy = "Seed 0 starts from the published positions."
-    if _checks.nonnegative("seed", seed, remedy, single=True) != int(seed):
-        raise _checks.argument_error("seed", "be an integer", seed, remedy)
-    if _checks.positive_integer("frames", frames, "Use for example 72.") < 2:
-        raise _checks.argument_error("frames", "be at least 2", frames, "Use for example 72.")
+    if checks.nonnegative("seed", seed, remedy, single=True) != int(seed):
+        raise checks.argument_error("seed", "be an integer", seed, remedy)
+    if checks.positive_integer("frames", frames, "Use for example 72.") < 2:
+        raise checks.argument_error("frames", "be at least 2", frames, "Use for example 72.")
     if experiment == "varpro":
         usual = varpro.settings_of(experiment, scale)
         return replace(usual, records=2 * frames, seeds=max(usual.seeds, int(seed) + 1))

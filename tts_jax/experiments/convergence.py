@@ -35,7 +35,7 @@ from matplotlib.ticker import LogLocator
 from scipy.special import stdtrit
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax._trajectory import Status
 from tts_jax.experiments import _study
 
@@ -150,11 +150,11 @@ def settings_of(scale: str = "quick", seeds: int | None = None) -> Settings:
     Raises:
         ValueError: an unknown scale, or `seeds` < 1.
     """
-    settings = SETTINGS[_checks.one_of("scale", scale, SETTINGS)]
+    settings = SETTINGS[checks.one_of("scale", scale, SETTINGS)]
     if seeds is None:
         return settings
     remedy = f"Its default is {settings.starts}."
-    seeds = _checks.positive_integer("seeds", seeds, remedy)
+    seeds = checks.positive_integer("seeds", seeds, remedy)
 
     def scaled(count: int) -> int:
         return max(GROUPS, round(count * seeds / settings.starts))

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments._panels import legend, median_band, nearest, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
@@ -188,7 +188,7 @@ def compute(
         RuntimeError: a reduced flow could not be computed to the end.
     """
     for name in methods:
-        _checks.one_of("methods", name, CASES)
+        checks.one_of("methods", name, CASES)
     data: Data = {}
     flows: dict[tuple[bool, bool], tts.Trajectory] = {}
     for name in methods:
@@ -246,7 +246,7 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot, theory
+from tts_jax import checks, plot, theory
 from tts_jax.experiments import _study
 from tts_jax.plot._style import BLUE, GREEN, ORANGE, PURPLE, VERMILLION
 
@@ -84,11 +84,11 @@ def settings_of(scale: str = "quick", seeds: int | None = None) -> Settings:
     Raises:
         ValueError: an unknown scale, or `seeds` < 1.
     """
-    settings = SETTINGS[_checks.one_of("scale", scale, SETTINGS)]
+    settings = SETTINGS[checks.one_of("scale", scale, SETTINGS)]
     if seeds is None:
         return settings
     remedy = f"Its default is {settings.starts}."
-    seeds = _checks.positive_integer("seeds", seeds, remedy)
+    seeds = checks.positive_integer("seeds", seeds, remedy)
     return replace(settings, starts=seeds, draws=-(-settings.draws * seeds // settings.starts))
 
 

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments._panels import (
     GRID,
     jumps_of,
@@ -263,7 +263,7 @@ def epsilon_boxes(
         `"sgd_epsilon_<ε>"` to trajectory, batch axis `[seeds]`.
     """
     for name in methods:
-        _checks.one_of("methods", name, ("sgd",))
+        checks.one_of("methods", name, ("sgd",))
     settings = _with_seeds(settings, seeds) or settings_of("epsilon_boxes", scale, seeds)
     data: Data = {}
     for epsilon in settings.epsilon:
@@ -298,7 +298,7 @@ def _with_seeds(settings: Settings | None, seeds: int | None) -> Settings | None
     if settings is None or seeds is None:
         return settings
     remedy = "Leave it out to take that of `settings`."
-    return replace(settings, seeds=_checks.positive_integer("seeds", seeds, remedy))
+    return replace(settings, seeds=checks.positive_integer("seeds", seeds, remedy))
 
 
 def _sgd(settings: Settings, epsilon: float, progress: bool) -> tts.Trajectory:
@@ -327,7 +327,7 @@ def _compare(
         "sharp_limit": lambda: tts.sharp_limit(problem, start, tau=tau),
     }
     for name in methods:
-        _checks.one_of("methods", name, compute)
+        checks.one_of("methods", name, compute)
     data: Data = {}
     # the others compile and solve beside SGD, which leaves cores idle where seeds are few
     pool = ThreadPoolExecutor(1)
@@ -349,7 +349,7 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 def read_data(folder: str | os.PathLike[str], figure: str) -> Data:

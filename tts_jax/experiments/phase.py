@@ -42,7 +42,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 import tts_jax as tts
-from tts_jax import _checks, plot, theory
+from tts_jax import checks, plot, theory
 from tts_jax._sweep import Grid, sweep_on
 from tts_jax._trajectory import Status
 from tts_jax.experiments import _study
@@ -116,17 +116,17 @@ class Settings:
         Raises:
             ValueError: the message names the setting, its value and the remedy.
         """
-        _checks.one_of("plane", self.plane, PLANES)
+        checks.one_of("plane", self.plane, PLANES)
         for name in _AXES:
             values = np.asarray(getattr(self, name))
             if name not in self.axes and values.size > 1:
                 remedy = f"Only {' and '.join(self.axes)} have several in the plane {self.plane}."
-                raise _checks.argument_error(name, "be one number", values, remedy)
+                raise checks.argument_error(name, "be one number", values, remedy)
             if name in self.axes and (values.size < 2 or np.any(np.diff(values) <= 0)):
                 remedy = "It is an axis of the plane."
-                raise _checks.argument_error(name, "be two or more, rising", values, remedy)
+                raise checks.argument_error(name, "be two or more, rising", values, remedy)
             if name in self.axes:  # axes are logarithmic
-                _checks.positive(name, values, "The axis is logarithmic.")
+                checks.positive(name, values, "The axis is logarithmic.")
         for dynamics in DYNAMICS:
             self.grid(dynamics).check()
 
@@ -171,8 +171,8 @@ def settings_of(
     Raises:
         ValueError: an unknown plane or scale, `seeds` < 1, or a bad `tau_end`.
     """
-    _checks.one_of("plane", plane, PLANES)
-    count, usual, step_size = SCALES[_checks.one_of("scale", scale, SCALES)]
+    checks.one_of("plane", plane, PLANES)
+    count, usual, step_size = SCALES[checks.one_of("scale", scale, SCALES)]
     values: dict[str, Any] = {"step_size": (step_size,)}
     for name in PLANES[plane]:
         low, high = _ENDS[name]
@@ -180,9 +180,9 @@ def settings_of(
         whole = name == "neurons"
         values[name] = tuple(round(v) if whole else float(f"{v:.3g}") for v in spread.tolist())
     if seeds is not None:
-        _checks.positive_integer("seeds", seeds, f"Its default is {usual}.")
+        checks.positive_integer("seeds", seeds, f"Its default is {usual}.")
     if tau_end is not None:
-        _checks.positive("tau_end", tau_end, "Its default is 0.035.", single=True)
+        checks.positive("tau_end", tau_end, "Its default is 0.035.", single=True)
         values["tau_end"] = float(tau_end)
     return Settings(plane, seeds=usual if seeds is None else seeds, **values)
 

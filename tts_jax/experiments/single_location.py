@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments import _study
 from tts_jax.experiments._panels import median_band, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
@@ -181,7 +181,7 @@ def compute(
         ValueError: an unknown case.
     """
     for name in methods:
-        _checks.one_of("methods", name, CASES)
+        checks.one_of("methods", name, CASES)
     data: Data = {}
     for name in methods:
         data[name] = _run(settings, CASES[name], progress)
@@ -253,7 +253,7 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------

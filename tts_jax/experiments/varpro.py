@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import _checks, plot
+from tts_jax import checks, plot
 from tts_jax.experiments._panels import legend, median_band, setting, settings_from
 from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
 
@@ -185,7 +185,7 @@ def compute(
         ValueError: an unknown case.
     """
     for name in methods:
-        _checks.one_of("methods", name, CASES)
+        checks.one_of("methods", name, CASES)
     data: Data = {}
     densities: dict[float, np.ndarray] = {}
     for name in methods:
@@ -281,7 +281,7 @@ def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
         ValueError: an unknown figure.
         FileNotFoundError: the folder holds no data of that figure.
     """
-    return read_data(folder, _checks.one_of("figure", figure, FIGURES))
+    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------

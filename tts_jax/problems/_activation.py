@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax.problems import _step
 
 
@@ -85,7 +85,7 @@ def activation_of(activation: str | Activation) -> Activation:
         TypeError: neither a name nor a callable.
     """
     if isinstance(activation, str):
-        return ACTIVATIONS[_checks.one_of("activation", activation, tuple(ACTIVATIONS))]
+        return ACTIVATIONS[checks.one_of("activation", activation, tuple(ACTIVATIONS))]
     if not callable(activation):
         raise TypeError(
             f"Argument `activation` must be a name or a callable, got {activation!r}. Use one of "

@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tts_jax import _rosenbrock as rodas
-from tts_jax._checks import inside_trace, is_traced
 from tts_jax._problem import State
 from tts_jax._trajectory import Status
+from tts_jax.checks import inside_trace, is_traced
 from tts_jax.problems import _plateau
 from tts_jax.problems._plateau import Numbers, Pair, Places, Singles, Weighted
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._precision import double_precision
 
 
@@ -25,7 +25,7 @@ def _root(square: Float[Array, "..."]) -> Float[Array, "..."]:
 def _points(name: str, value: Float[ArrayLike, "..."], ndim: int, shape: str) -> Array:
     """`value` as an array of float points."""
     remedy = f"Give it shape `{shape}`."
-    _checks.finite(name, value, remedy)
+    checks.finite(name, value, remedy)
     if np.ndim(value) != ndim or 0 in np.shape(value):
         raise ValueError(
             f"Argument `{name}` must be at least one point in an array with {ndim} axes, got shape "
@@ -43,13 +43,13 @@ def _weights(
     if value is None:
         return jnp.full(count, 1 / count, points.dtype)
     remedy = "Give one weight ≥ 0 per point, or leave it out for equal weights."
-    _checks.nonnegative(name, value, remedy)
+    checks.nonnegative(name, value, remedy)
     if np.shape(value) != (count,):
         raise ValueError(
             f"Argument `{name}` must have shape ({count},), got {np.shape(value)}. {remedy}"
         )
-    if not _checks.is_traced(value) and not np.sum(np.asarray(value)) > 0:
-        raise _checks.argument_error(name, "have a positive sum", value, remedy)
+    if not checks.is_traced(value) and not np.sum(np.asarray(value)) > 0:
+        raise checks.argument_error(name, "have a positive sum", value, remedy)
     weights = jnp.asarray(value).astype(points.dtype)
     return weights / jnp.sum(weights)
 
@@ -104,14 +104,14 @@ def energy_distance(
     p, q = _weights("x_weights", x_weights, x), _weights("y_weights", y_weights, y)
     if period is not None:
         remedy = "It is the side of the torus; leave it out for points in space."
-        _checks.positive("period", period, remedy)
+        checks.positive("period", period, remedy)
         if np.shape(period) not in ((), (x.shape[1],)):
             raise ValueError(
                 f"Argument `period` must be one number or have shape ({x.shape[1]},), got shape "
                 f"{np.shape(period)}. {remedy}"
             )
         period = jnp.broadcast_to(jnp.asarray(period, x.dtype), x.shape[1:])
-    chunk = _checks.positive_integer("chunk", chunk, "The default is 1024.")
+    chunk = checks.positive_integer("chunk", chunk, "The default is 1024.")
     rows = min(chunk, max(x.shape[0], y.shape[0]))
     return _energy_distance(x, y, p, q, period, rows)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax.problems import _form, _quadrature
 from tts_jax.problems._targets import AbstractTarget
 
@@ -80,7 +80,7 @@ def resolved(function: Callable[[Array], Array], reach: float) -> Resolved | Non
 
 def reach_of(eta: Any) -> float:
     """How far |z| gets on [0, 1], with a neuron just outside; beyond that panels are coarse."""
-    return _REACH if _checks.is_traced(eta) else min(1.5 / float(eta), _REACH)
+    return _REACH if checks.is_traced(eta) else min(1.5 / float(eta), _REACH)
 
 
 class _Nodes(NamedTuple):

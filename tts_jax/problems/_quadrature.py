@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tts_jax import _checks
+from tts_jax import checks
 
 
 NODES = 12  # Gauss nodes of a panel, unless a polynomial needs fewer
@@ -100,7 +100,7 @@ def resolving_panels(
         All inner ends, or None where the function is not finite. The numbers of a function that
         are traced are unknown: then the panels are eight equal ones between edges.
     """
-    if _checks.is_traced(function):
+    if checks.is_traced(function):
         inner = np.unique(np.concatenate([np.linspace(a, b, 9) for a, b in _pairs(edges)]))
         return tuple(inner[1:-1].tolist())
     known, other, values = _tables()

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from tts_jax import _checks
-from tts_jax._precision import as_float, double_precision
+from tts_jax import checks
+from tts_jax._precision import double_precision
 from tts_jax.problems import _quadrature
 
 
@@ -121,13 +121,13 @@ class AbstractTarget(eqx.Module):
 
 def _increasing(name: str, places: Any, remedy: str, *, ends: bool = False) -> None:
     """Refuse concrete places that do not increase inside (0, 1), or [0, 1] with the `ends`."""
-    if _checks.is_traced(places):
+    if checks.is_traced(places):
         return
     concrete = np.asarray(places)
     inside = (concrete >= 0) & (concrete <= 1) if ends else (concrete > 0) & (concrete < 1)
     if not np.all(np.isfinite(concrete) & inside) or np.any(np.diff(concrete) <= 0):
         where = "[0, 1]" if ends else "(0, 1)"
-        raise _checks.argument_error(
+        raise checks.argument_error(
             name, f"be strictly increasing and inside {where}", concrete, remedy
         )
 
@@ -158,10 +158,10 @@ class PiecewiseConstant(AbstractTarget):
             ValueError: jumps unsorted, repeated, outside (0, 1) or not finite; values not
                 finite or not one more than the jumps.
         """
-        _checks.real("jumps", jumps, "Give the positions of the jumps inside (0, 1).")
-        _checks.finite("values", values, "Give every piece a finite level.")
-        self.jumps = as_float(jumps)
-        self.values = as_float(values)
+        checks.real("jumps", jumps, "Give the positions of the jumps inside (0, 1).")
+        checks.finite("values", values, "Give every piece a finite level.")
+        self.jumps = checks.as_float(jumps)
+        self.values = checks.as_float(values)
         if self.jumps.ndim != 1 or self.values.ndim != 1:
             raise ValueError(
                 f"Arguments `jumps` and `values` must be vectors, got shapes "
@@ -237,15 +237,15 @@ class PiecewiseLinear(AbstractTarget):
                 finite or not as many as the knots; no knot.
             TypeError: the knots are traced.
         """
-        if _checks.is_traced(knots):
+        if checks.is_traced(knots):
             raise TypeError(
                 "Argument `knots` must be concrete when `PiecewiseLinear` is built, got a traced "
                 "array: which of them are the ends 0 and 1 is part of its form. Build it outside "
                 "and replace the knots by `equinox.tree_at`."
             )
-        _checks.real("knots", knots, "Give the positions of the knots in [0, 1].")
-        _checks.finite("values", values, "Give every knot a finite value.")
-        self.knots, self.values = as_float(knots), as_float(values)
+        checks.real("knots", knots, "Give the positions of the knots in [0, 1].")
+        checks.finite("values", values, "Give every knot a finite value.")
+        self.knots, self.values = checks.as_float(knots), checks.as_float(values)
         if self.knots.ndim != 1 or self.values.shape != self.knots.shape or not self.knots.size:
             raise ValueError(
                 f"Arguments `knots` and `values` must be vectors of one length, at least 1, got "
@@ -271,8 +271,8 @@ class PiecewiseLinear(AbstractTarget):
         Raises:
             ValueError: kinks unsorted, repeated or outside (0, 1); weights not as many.
         """
-        _checks.real("kinks", kinks, "Give the positions of the kinks inside (0, 1).")
-        _checks.finite("weights", weights, "Give every kink a finite change of slope.")
+        checks.real("kinks", kinks, "Give the positions of the kinks inside (0, 1).")
+        checks.finite("weights", weights, "Give every kink a finite change of slope.")
         kinks, weights = np.asarray(kinks, float), np.asarray(weights, float)
         if kinks.ndim != 1 or weights.shape != kinks.shape:
             raise ValueError(
@@ -347,8 +347,8 @@ class Function(AbstractTarget):
         """
         remedy = "Pass an element-wise function of x written with `jax.numpy`."
         _quadrature.check_elementwise("function", function, remedy)
-        _checks.real("breakpoints", breakpoints, "Give positions inside (0, 1).")
-        self.breakpoints = as_float(breakpoints)
+        checks.real("breakpoints", breakpoints, "Give positions inside (0, 1).")
+        self.breakpoints = checks.as_float(breakpoints)
         if self.breakpoints.ndim != 1:
             raise ValueError(
                 f"Argument `breakpoints` must be a vector, got shape {self.breakpoints.shape}. "
@@ -356,7 +356,7 @@ class Function(AbstractTarget):
             )
         _increasing("breakpoints", self.breakpoints, "Sort them and drop repeated ones.")
         self.function = _quadrature.held(function)
-        fixed = () if _checks.is_traced(self.breakpoints) else tuple(self.breakpoints.tolist())
+        fixed = () if checks.is_traced(self.breakpoints) else tuple(self.breakpoints.tolist())
         inner = _quadrature.resolving_panels(self.function, (0.0, *fixed, 1.0), most=512)
         if inner is None:
             raise ValueError(
@@ -414,4 +414,4 @@ def as_target(target: Any) -> AbstractTarget:
         "Build it with `tts.PiecewiseConstant(jumps, values)` or `tts.PiecewiseLinear(knots, "
         "values)`, or pass a function of x."
     )
-    return _checks.instance("target", target, AbstractTarget, remedy)
+    return checks.instance("target", target, AbstractTarget, remedy)

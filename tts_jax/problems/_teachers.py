@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import _checks
-from tts_jax._precision import as_float, double_precision
+from tts_jax import checks
+from tts_jax._precision import double_precision
 from tts_jax._random import typed_key
 
 
@@ -43,14 +43,14 @@ def _bump_angles(
 
 def _check_gamma(gamma: Float[ArrayLike, ""]) -> Array:
     """γ ≥ 0 or infinite, as one float64 number."""
-    if not _checks.is_traced(gamma) and np.array_equal(np.asarray(gamma), np.inf):
-        return as_float(gamma)
+    if not checks.is_traced(gamma) and np.array_equal(np.asarray(gamma), np.inf):
+        return checks.as_float(gamma)
     remedy = "It is 0 for the uniform density and infinite for Diracs; the paper uses 10 to 1000."
-    return as_float(_checks.nonnegative("gamma", gamma, remedy, single=True))
+    return checks.as_float(checks.nonnegative("gamma", gamma, remedy, single=True))
 
 
 def _check_spread(gamma: Float[Array, ""]) -> None:
-    if not _checks.is_traced(gamma) and np.isinf(gamma):
+    if not checks.is_traced(gamma) and np.isinf(gamma):
         raise ValueError(
             "Argument `gamma` must be finite for a density, got inf: the modes are Diracs. Use "
             "`sample`, or a large `gamma`."
@@ -102,8 +102,8 @@ class CircleTeacher(eqx.Module):
         Raises:
             ValueError: `key` is no random key or `count` < 1.
         """
-        count = _checks.positive_integer("count", count, "The paper uses 4096.")
-        angles = _bump_angles(typed_key(_checks.random_key(key)), (count,), jnp.asarray(self.gamma))
+        count = checks.positive_integer("count", count, "The paper uses 4096.")
+        angles = _bump_angles(typed_key(checks.random_key(key)), (count,), jnp.asarray(self.gamma))
         second = jnp.arange(count) % 3 == 1
         return wrap(angles + jnp.where(second, self.modes[1], self.modes[0]), 2 * np.pi)
 
@@ -156,9 +156,9 @@ class TorusTeacher(eqx.Module):
         Raises:
             ValueError: `key` is no random key or `count` < 1.
         """
-        count = _checks.positive_integer("count", count, "The paper uses 4096.")
+        count = checks.positive_integer("count", count, "The paper uses 4096.")
         angles = _bump_angles(
-            typed_key(_checks.random_key(key)), (count, 2), jnp.asarray(self.gamma)
+            typed_key(checks.random_key(key)), (count, 2), jnp.asarray(self.gamma)
         )
         centres = jnp.asarray(self.modes)[jnp.arange(count) % 2]
         return wrap(angles / np.pi + centres, self.period)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._cyclic import CyclicTridiagonal
 from tts_jax._integrate import as_double, solution_status
 from tts_jax._precision import double_precision, require_double_precision
@@ -174,14 +174,14 @@ class UltraFastDiffusion(eqx.Module):
         """
         require_double_precision("UltraFastDiffusion.solve", self, density, t)
         start = self._start(density)
-        _checks.increasing_times(t, "t", "jnp.linspace(0, 30, 101)")
-        _checks.positive("rtol", rtol, "Use for example 1e-8.", single=True)
-        _checks.positive("atol", atol, "Use for example 1e-10.", single=True)
-        max_steps = _checks.positive_integer("max_steps", max_steps, "Use e.g. 10_000.")
+        checks.increasing_times(t, "t", "jnp.linspace(0, 30, 101)")
+        checks.positive("rtol", rtol, "Use for example 1e-8.", single=True)
+        checks.positive("atol", atol, "Use for example 1e-10.", single=True)
+        max_steps = checks.positive_integer("max_steps", max_steps, "Use e.g. 10_000.")
         if solver is None:
             solver = Rodas5P(jacobian=_jacobian)
         remedy = "Pass for example `diffrax.Kvaerno5()`, or leave it out."
-        _checks.instance("solver", solver, diffrax.AbstractSolver, remedy)
+        checks.instance("solver", solver, diffrax.AbstractSolver, remedy)
         run = as_double(t), as_double(rtol), as_double(atol)
         return _solve(self, start, *run, solver, max_steps)
 
@@ -224,10 +224,10 @@ class UltraFastDiffusion(eqx.Module):
             ValueError: `density` does not have one positive value per cell, or a level is outside
                 [0, 1].
         """
-        _checks.positive("density", self._check_averages("density", density), _POSITIVE)
-        _checks.nonnegative("levels", levels, "Give shares of the mass in [0, 1].")
-        if not _checks.is_traced(levels) and np.any(np.asarray(levels) > 1):
-            raise _checks.argument_error(
+        checks.positive("density", self._check_averages("density", density), _POSITIVE)
+        checks.nonnegative("levels", levels, "Give shares of the mass in [0, 1].")
+        if not checks.is_traced(levels) and np.any(np.asarray(levels) > 1):
+            raise checks.argument_error(
                 "levels", "be at most 1", levels, "Give shares of the mass in [0, 1]."
             )
         mass = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jnp.asarray(density))])
@@ -256,9 +256,9 @@ _POSITIVE = "Densities must be finite and positive everywhere on the circle."
 
 
 def _check_cells(cells: Any) -> int:
-    cells = _checks.positive_integer("cells", cells, "Use for example 512.")
+    cells = checks.positive_integer("cells", cells, "Use for example 512.")
     if cells < 4:
-        raise _checks.argument_error("cells", "be at least 4", cells, "Use for example 512.")
+        raise checks.argument_error("cells", "be at least 4", cells, "Use for example 512.")
     return cells
 
 
@@ -273,7 +273,7 @@ def _averages(
         values = _values(name, density, centres[:, None] + nodes * width / 2)
         averages = values @ jnp.asarray(weights / 2)
     else:
-        averages = as_double(_checks.positive(name, density, _POSITIVE))
+        averages = as_double(checks.positive(name, density, _POSITIVE))
     mass = width * jnp.sum(averages)
     return averages / mass, mass
 
@@ -286,7 +286,7 @@ def _values(name: str, density: Density, theta: Float[np.ndarray, "..."]) -> Arr
             f"Argument `{name}` must be an element-wise function, got shape {np.shape(values)} for "
             f"angles of shape {theta.shape}. Write it with `jax.numpy` functions."
         )
-    return jnp.asarray(_checks.positive(name, values, _POSITIVE))
+    return jnp.asarray(checks.positive(name, values, _POSITIVE))
 
 
 @double_precision

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import _checks
+from tts_jax import checks
 from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import step_words, typed_key
@@ -130,17 +130,17 @@ class Additive(AbstractProblem):
                 `inputs` is given.
             TypeError: `target` or `activation` cannot be called.
         """
-        self.dimensions = _checks.positive_integer("dimensions", dimensions, "The paper uses 2.")
-        self.neurons = _checks.positive_integer("neurons", neurons, "The paper uses 10.")
-        _checks.positive("eta", eta, "The paper uses 0.01.", single=True)
+        self.dimensions = checks.positive_integer("dimensions", dimensions, "The paper uses 2.")
+        self.neurons = checks.positive_integer("neurons", neurons, "The paper uses 10.")
+        checks.positive("eta", eta, "The paper uses 0.01.", single=True)
         remedy = "It is the upper end of the start weights; the paper uses 3."
-        _checks.nonnegative("weight_scale", weight_scale, remedy, single=True)
+        checks.nonnegative("weight_scale", weight_scale, remedy, single=True)
         activation_of(activation)
         self.activation = activation
-        _checks.one_of("objective", objective, ("squared", "norm"))
+        checks.one_of("objective", objective, ("squared", "norm"))
         self.objective = objective
         if batch is not None:
-            batch = _checks.positive_integer("batch", batch, "Leave it out to take all points.")
+            batch = checks.positive_integer("batch", batch, "Leave it out to take all points.")
             if objective == "norm":
                 raise ValueError(
                     "Argument `batch` must be None with the objective 'norm', whose mean over "
@@ -152,7 +152,7 @@ class Additive(AbstractProblem):
         self.thresholds = _double(self._places(thresholds))
         if inputs is None:
             inputs = self._draw(samples, key)
-        _checks.finite("inputs", inputs, "Give every point finite coordinates.")
+        checks.finite("inputs", inputs, "Give every point finite coordinates.")
         self.inputs = _double(inputs)
         if self.inputs.ndim != 2 or self.inputs.shape[1] != self.dimensions or not self.inputs.size:
             raise ValueError(
@@ -161,7 +161,7 @@ class Additive(AbstractProblem):
             )
         if labels is None:
             labels = self.target(self.inputs)
-        _checks.finite("labels", labels, "Give every point a finite label.")
+        checks.finite("labels", labels, "Give every point a finite label.")
         self.labels = _double(labels)
         if self.labels.shape != self.inputs.shape[:1]:
             raise ValueError(
@@ -173,14 +173,14 @@ class Additive(AbstractProblem):
         self._data = Ordered(self.inputs, reach)
 
     def _draw(self, samples: int, key: PRNGKeyArray | None) -> np.ndarray:
-        count = _checks.positive_integer("samples", samples, "The paper uses 1000 and 10,000.")
+        count = checks.positive_integer("samples", samples, "The paper uses 1000 and 10,000.")
         if key is None:
             raise ValueError(
                 "Argument `key` must be a random key to draw the data points, got None. Pass for "
                 "example `key=jax.random.key(0)`, or give the points by `inputs=`."
             )
         with jax.enable_x64(True):
-            key = typed_key(_checks.random_key(key))
+            key = typed_key(checks.random_key(key))
             return np.asarray(jax.random.uniform(key, (count, self.dimensions), jnp.float64))
 
     def _places(self, thresholds: Float[ArrayLike, "..."] | None) -> np.ndarray:
@@ -192,7 +192,7 @@ class Additive(AbstractProblem):
                     f"numbers of jumps, got {[one.size for one in found]}. Pass `[d, thresholds]`."
                 )
             return np.stack(found)
-        _checks.finite("thresholds", thresholds, "Give the positions that neurons should find.")
+        checks.finite("thresholds", thresholds, "Give the positions that neurons should find.")
         places = np.asarray(thresholds, dtype=np.float64)
         shape = (self.dimensions, *places.shape[-1:])
         if places.ndim not in (1, 2) or (places.ndim == 2 and places.shape != shape):
@@ -214,7 +214,7 @@ class Additive(AbstractProblem):
         Returns:
             `State(fast=[..., d, m], slow=[..., d, m])`, with the axes of `key` in front.
         """
-        key = typed_key(_checks.random_key(key))
+        key = typed_key(checks.random_key(key))
         shape = self.dimensions, self.neurons
 
         def draw(key: PRNGKeyArray) -> State:
@@ -235,7 +235,7 @@ class Additive(AbstractProblem):
             ValueError: positions or weights that are not finite or do not have this shape.
         """
         own = self.dimensions, self.neurons
-        _checks.finite("slow", slow, "Give every neuron a finite position.")
+        checks.finite("slow", slow, "Give every neuron a finite position.")
         if np.shape(slow)[-2:] != own:
             raise ValueError(
                 f"Argument `slow` must end in the axes {own}, the coordinates and the neurons of "
@@ -244,7 +244,7 @@ class Additive(AbstractProblem):
         slow = jnp.asarray(slow, dtype=jnp.result_type(float))
         if fast is None:
             return State(jnp.zeros_like(slow), slow)
-        _checks.finite("fast", fast, "Give every weight a finite value.")
+        checks.finite("fast", fast, "Give every weight a finite value.")
         if np.shape(fast) != slow.shape:
             raise ValueError(
                 f"Argument `fast` must have the shape {slow.shape} of `slow`, one weight per "

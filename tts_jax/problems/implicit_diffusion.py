@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import AbstractProblem, State
+from tts_jax import AbstractProblem, State, checks
 from tts_jax.fast import AbstractFastSolver, Solution
 
 
@@ -123,20 +123,13 @@ class ImplicitDiffusion(AbstractProblem):
             ValueError: `particles` < 2, an unknown `reward`, `penalty` < 0, `reference_std` out of
                 its range or `reference_batch` < 0.
         """
-        _integer("particles", self.particles, 2, "A covariance needs two; the paper has 1000.")
-        _integer("reference_batch", self.reference_batch, 0, "0 is the exact expectation.")
-        if self.reward not in _REWARDS:
-            raise ValueError(
-                f"Argument `reward` must be one of 'hard', 'smooth', got {self.reward!r}. The "
-                f"paper's figures have 'hard'."
-            )
-        if not isinstance(self.penalty, jax.core.Tracer):
-            value = np.asarray(self.penalty)
-            if value.shape or not np.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"Argument `penalty` must be one number that is zero or positive, got "
-                    f"{self.penalty!r}. For the published sign use `published_sign=True`."
-                )
+        checks.integer(
+            "particles", self.particles, 2, "A covariance needs two; the paper has 1000."
+        )
+        checks.integer("reference_batch", self.reference_batch, 0, "0 is the exact expectation.")
+        checks.one_of("reward", self.reward, _REWARDS, "The paper's figures have 'hard'.")
+        remedy = "For the published sign use `published_sign=True`."
+        checks.nonnegative("penalty", self.penalty, remedy, single=True)
         if not 0.2 <= self.reference_std <= 2.0:
             raise ValueError(
                 f"Argument `reference_std` must be from 0.2 to 2, got {self.reference_std!r}. 1 "
@@ -474,11 +467,3 @@ def _spectral_gap(slow: Float[Array, " 6"]) -> Float[Array, ""]:
 def _like(constant: Any, array: Any) -> Array:
     """A constant in the precision in which JAX takes the array."""
     return jnp.asarray(constant, jnp.result_type(array))
-
-
-def _integer(name: str, value: Any, least: int, remedy: str) -> None:
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or value < least:
-        raise ValueError(
-            f"Argument `{name}` must be an integer of at least {least}, got {value!r}. {remedy}"
-        )

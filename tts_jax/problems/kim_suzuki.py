@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
-from tts_jax import AbstractProblem, State
+from tts_jax import AbstractProblem, State, checks
 from tts_jax.fast import AbstractFastSolver, Solution, condition_of, least_norm
 from tts_jax.geometry import AbstractGeometry, Particles
 
@@ -187,15 +187,14 @@ class InContext(AbstractProblem):
                 f"Argument `inputs` must have at least {features} rows, one for each feature, or "
                 f"their Gram matrix is singular, got {count}. Add inputs."
             )
-        self.particles = _integer("particles", particles, features, "the number of features")
+        least = "The least is k, the number of features."
+        self.particles = checks.integer("particles", particles, features, least)
         self.prompt_length = self.prompts = None
         if prompt_length is not None:
             # n pairs see n directions of a task at most
-            self.prompt_length = _integer(
-                "prompt_length", prompt_length, features, "the number of features"
-            )
+            self.prompt_length = checks.integer("prompt_length", prompt_length, features, least)
         if prompts is not None:
-            self.prompts = _integer("prompts", prompts, 1, "one")
+            self.prompts = checks.positive_integer("prompts", prompts, "Or leave it out.")
             if prompt_length is None:
                 raise ValueError(
                     f"Argument `prompts` must be left out for infinite prompts, got {prompts}. "
@@ -239,7 +238,7 @@ class InContext(AbstractProblem):
         """
         sizes = {"dimension": dimension, "features": features, "samples": samples}
         for name, value in sizes.items():
-            _integer(name, value, 1, "one")
+            checks.positive_integer(name, value, "Raise it.")
         places, points = jax.random.split(key)
         inputs, teacher = (
             _normal(one, (size, dimension)) for one, size in ((points, samples), (places, features))
@@ -281,7 +280,7 @@ class InContext(AbstractProblem):
         if self.teacher is None:
             raise ValueError("A `saddle` needs a teacher. Build the problem by `of_teacher`.")
         features, dimension = self.teacher.shape
-        if _integer("missing", missing, 1, "one") > features:
+        if checks.positive_integer("missing", missing, "It is at most k.") > features:
             raise ValueError(f"Argument `missing` must be at most {features}, got {missing}.")
         known, kept = self.particles // 2, features - missing
         free = self.particles - known
@@ -434,18 +433,7 @@ def _table(name: str, value: Any) -> Any:
             f"Argument `{name}` must have shape [rows, columns], neither of them 0, got shape "
             f"{table.shape}. Give one row for each input."
         )
-    if not np.all(np.isfinite(table)):
-        raise ValueError(f"Argument `{name}` must be finite, got a NaN or an infinity in it.")
-    return table
-
-
-def _integer(name: str, value: Any, least: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(
-            f"Argument `{name}` must be an integer of at least {least}, {what}, got {value!r}. "
-            f"Raise it."
-        )
-    return int(value)
+    return checks.finite(name, table, "Clean the data.")
 
 
 def _normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> np.ndarray:

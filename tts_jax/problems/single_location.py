@@ -30,7 +30,7 @@ from jax.core import Tracer
 from jax.scipy.special import erf
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import AbstractProblem, State
+from tts_jax import AbstractProblem, State, checks
 from tts_jax.fast import AbstractFastSolver, Quadratic
 from tts_jax.geometry import AbstractGeometry, Euclidean, Product, Sphere
 
@@ -129,15 +129,22 @@ class AbstractLocation(AbstractProblem):
         """
         # batches in the form "overlaps" ask for a random direction outside of four
         least = 2 if batch is None or form == "vectors" else 6
-        self.dimension = _integer("dimension", dimension, least, "The paper has 400.")
-        self.tokens = _integer("tokens", tokens, 1, "The paper has 10.")
-        self.gain = _number("gain", gain, "be positive", lambda x: x > 0)
-        self.spread = _number("spread", spread, "not be negative", lambda x: x >= 0)
-        self.noise = _number("noise", noise, "not be negative", lambda x: x >= 0)
+        self.dimension = checks.integer("dimension", dimension, least, "The paper has 400.")
+        self.tokens = checks.positive_integer("tokens", tokens, "The paper has 10.")
+        self.gain = checks.as_float(
+            checks.positive("gain", gain, "The paper has 0.1 to 2.", single=True)
+        )
+        remedy = "It is a standard deviation."
+        self.spread, self.noise = (
+            checks.as_float(checks.nonnegative(name, value, remedy, single=True))
+            for name, value in (("spread", spread), ("noise", noise))
+        )
         remedy = "Leave it out to descend the risk itself."
-        self.batch = None if batch is None else _integer("batch", batch, 1, remedy)
-        self.form = _one_of("form", form, ("overlaps", "vectors"))
-        self.start = _one_of("start", start, ("sphere", "manifold"))
+        self.batch = None if batch is None else checks.positive_integer("batch", batch, remedy)
+        checks.one_of("form", form, ("overlaps", "vectors"))
+        self.form = form
+        checks.one_of("start", start, ("sphere", "manifold"))
+        self.start = start
 
     @property
     def axes_of_vectors(self) -> int:
@@ -589,32 +596,3 @@ def _frame(
         return first((entries[0], *second(entries[1:])))
 
     return turn, of_k, of_v
-
-
-# --- arguments -----------------------------------------------------------------------------------
-
-
-def _integer(name: str, value: Any, least: int, remedy: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(
-            f"Argument `{name}` must be an integer of at least {least}, got {value!r}. {remedy}"
-        )
-    return int(value)
-
-
-def _number(name: str, value: Any, what: str, good: Any) -> Any:
-    if isinstance(value, Tracer):
-        return value
-    array = np.asarray(value, dtype=np.float64)
-    if array.ndim != 0 or not np.isfinite(array) or not good(array):
-        raise ValueError(
-            f"Argument `{name}` must {what} and one finite number, got {value!r}. Build one "
-            f"problem for each value."
-        )
-    return array
-
-
-def _one_of(name: str, value: Any, names: tuple[str, ...]) -> Any:
-    if value not in names:
-        raise ValueError(f"Argument `{name}` must be one of {names}, got {value!r}.")
-    return value

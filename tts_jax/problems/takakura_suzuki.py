@@ -32,7 +32,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import AbstractProblem, State
+from tts_jax import AbstractProblem, State, checks
 from tts_jax.fast import Ridge, RidgeSystem
 from tts_jax.geometry import Particles
 
@@ -116,12 +116,7 @@ class MeanFieldKernel(AbstractProblem):
                 f"Argument `labels` must have shape [n] or [n, T] with n = {count} as `inputs`, "
                 f"got shape {self.labels.shape}. Give every input its label."
             )
-        if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or width < 1:
-            raise ValueError(
-                f"Argument `width` must be an integer of at least 1, got {width!r}. The paper has "
-                f"2000."
-            )
-        self.width = int(width)
+        self.width = checks.positive_integer("width", width, "The paper has 2000.")
         self.entropy = _number("entropy", entropy, "The paper has 0.004.")
         self.outer_decay = _number("outer_decay", outer_decay, "The paper has 0.25.")
         self.inner_decay = _number("inner_decay", inner_decay, "The paper has 0.25.")
@@ -172,11 +167,8 @@ class MeanFieldKernel(AbstractProblem):
             ValueError: a number that is out of range, or a target of the wrong shape.
         """
         for name, value in (("dimension", dimension), ("samples", samples), ("tests", tests)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(
-                    f"Argument `{name}` must be an integer of at least 1, got {value!r}. It is "
-                    f"the number of columns or rows of the data."
-                )
+            remedy = "It is the number of columns or rows of the data."
+            checks.positive_integer(name, value, remedy)
         noise = float(_number("noise", noise, "It is σ of the labels, 0 for none.", True))
         places, shift = jax.random.split(key)
         # float32 draws, so that the data do not depend on whether 64-bit types are on
@@ -432,26 +424,13 @@ class MeanFieldKernel(AbstractProblem):
 
 
 def _finite(name: str, value: Any) -> Any:
-    """Finite numbers as a NumPy float64 array, which keeps its digits whatever x64 says."""
-    if isinstance(value, Tracer):
-        return value
-    array = np.asarray(value, dtype=np.float64)
-    if not np.all(np.isfinite(array)):
-        raise ValueError(
-            f"Argument `{name}` must be finite, got {array[~np.isfinite(array)][0]} among its "
-            f"numbers. Clean the data."
-        )
-    return array
+    return checks.as_float(checks.finite(name, value, "Clean the data."))
 
 
 def _number(name: str, value: Any, remedy: str, zero: bool = False) -> Any:
     """One positive number, or also 0."""
-    number = _finite(name, value)
-    traced = isinstance(number, Tracer)
-    if np.ndim(number) != 0 or (not traced and (number < 0 or (number == 0 and not zero))):
-        kind = "zero or positive" if zero else "positive"
-        raise ValueError(f"Argument `{name}` must be one {kind} number, got {value!r}. {remedy}")
-    return number
+    check = checks.nonnegative if zero else checks.positive
+    return checks.as_float(check(name, value, remedy, single=True))
 
 
 def _like(labels: Any, name: str, value: Any, count: int) -> Any:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import _checks
-from tts_jax._precision import as_float, double_precision
+from tts_jax import checks
+from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import typed_key
 from tts_jax.problems import (
@@ -119,11 +119,11 @@ class Univariate(AbstractProblem):
             _quadrature.check_elementwise("activation", function, remedy)
         self.activation = activation if named else f"custom {_activation.name_of(activation)}"
         self.sigma = _quadrature.held(function)
-        self.neurons = _checks.positive_integer("neurons", neurons, "The paper uses 20.")
-        self.eta = as_float(_checks.positive("eta", eta, "The paper uses 4e-3.", single=True))
+        self.neurons = checks.positive_integer("neurons", neurons, "The paper uses 20.")
+        self.eta = checks.as_float(checks.positive("eta", eta, "The paper uses 4e-3.", single=True))
         remedy = "It is the half-width of the label noise; the paper uses 1."
-        self.noise = as_float(_checks.nonnegative("noise", noise, remedy, single=True))
-        self.order = _checks.positive_integer("order", order, "Leave it out.")
+        self.noise = checks.as_float(checks.nonnegative("noise", noise, remedy, single=True))
+        self.order = checks.positive_integer("order", order, "Leave it out.")
         self._shape = self._find_shape()
 
     def _find_shape(self) -> _panels.Polynomials | _panels.Resolved | None:
@@ -176,7 +176,7 @@ class Univariate(AbstractProblem):
         Returns:
             `State(fast=[..., m+1], slow=[..., m])`, with the axes of `key` in front.
         """
-        key = typed_key(_checks.random_key(key))
+        key = typed_key(checks.random_key(key))
 
         def draw(key: PRNGKeyArray) -> Array:
             return jnp.sort(jax.random.uniform(key, (self.neurons,)))
@@ -194,7 +194,7 @@ class Univariate(AbstractProblem):
         Raises:
             ValueError: a wrong number of neurons, or positions or weights that are not finite.
         """
-        _checks.finite("slow", slow, "Give every neuron a finite position.")
+        checks.finite("slow", slow, "Give every neuron a finite position.")
         if np.ndim(slow) < 1 or np.shape(slow)[-1] != self.neurons:
             raise ValueError(
                 f"Argument `slow` must have the {self.neurons} neurons of the problem on its "
@@ -203,7 +203,7 @@ class Univariate(AbstractProblem):
             )
         shape = (*np.shape(slow)[:-1], self.neurons + 1)
         if fast is not None:
-            _checks.finite("fast", fast, "Give every weight a finite value.")
+            checks.finite("fast", fast, "Give every weight a finite value.")
         if fast is not None and np.shape(fast) != shape:
             raise ValueError(
                 f"Argument `fast` must have shape {shape} (the bias first, then one weight per "

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from tts_jax import _checks
-from tts_jax._precision import as_float, double_precision
+from tts_jax import checks
+from tts_jax._precision import double_precision
 from tts_jax._problem import AbstractProblem, State
 from tts_jax._random import step_words, typed_key
 from tts_jax.fast import AbstractFastSolver, Blocks, Ridge, RidgeSystem, Solution
@@ -76,7 +76,7 @@ class Relu(AbstractFeatures):
     tangential: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self) -> None:
-        if _checks.positive_integer("dimension", self.dimension, "2 is the circle.") < 2:
+        if checks.positive_integer("dimension", self.dimension, "2 is the circle.") < 2:
             raise ValueError("Argument `dimension` must be at least 2, got 1. 2 is the circle.")
 
     def __call__(self, w: Float[Array, "M d"], x: Float[Array, "n d"]) -> Float[Array, "n M"]:
@@ -111,9 +111,9 @@ class Radial(AbstractFeatures):
     wrapped: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self) -> None:
-        _checks.positive_integer("dimension", self.dimension, "The paper has 2.")
-        _checks.positive("scale", self.scale, "The paper has 0.5.", single=True)
-        _checks.positive("period", self.period, "The paper has 4.", single=True)
+        checks.positive_integer("dimension", self.dimension, "The paper has 2.")
+        checks.positive("scale", self.scale, "The paper has 0.5.", single=True)
+        checks.positive("period", self.period, "The paper has 4.", single=True)
 
     def __call__(self, w: Float[Array, "M d"], x: Float[Array, "n d"]) -> Float[Array, "n M"]:
         square = jnp.zeros((x.shape[0], w.shape[0]), w.dtype)
@@ -216,21 +216,21 @@ class VarPro(AbstractProblem):
         """
         self.features = Relu() if features is None else features
         remedy = "Use `tts.Relu()` or `tts.Radial()`."
-        _checks.instance("features", self.features, AbstractFeatures, remedy)
+        checks.instance("features", self.features, AbstractFeatures, remedy)
         self.inputs = _points("inputs", inputs, self.features.dimension)
-        _checks.finite("labels", labels, "Give every input a finite label.")
+        checks.finite("labels", labels, "Give every input a finite label.")
         if np.shape(labels) != self.inputs.shape[:1]:
             raise ValueError(
                 f"Argument `labels` must have one number for each of the {self.inputs.shape[0]} "
                 f"inputs, got shape {np.shape(labels)}."
             )
-        self.labels = as_float(labels)
-        self.width = _checks.positive_integer("width", width, "The paper uses up to 1024.")
+        self.labels = checks.as_float(labels)
+        self.width = checks.positive_integer("width", width, "The paper uses up to 1024.")
         remedy = "It is the weight λ of the regularisation; the paper uses 1e-4 to 1e-1."
-        self.penalty = as_float(_checks.nonnegative("penalty", penalty, remedy, single=True))
-        self._singular = not _checks.is_traced(penalty) and float(np.asarray(penalty)) < 1e-14
-        _checks.finite("prior", prior, "1 is the unbiased, 0 the biased regularisation.")
-        self.prior = as_float(prior)
+        self.penalty = checks.as_float(checks.nonnegative("penalty", penalty, remedy, single=True))
+        self._singular = not checks.is_traced(penalty) and float(np.asarray(penalty)) < 1e-14
+        checks.finite("prior", prior, "1 is the unbiased, 0 the biased regularisation.")
+        self.prior = checks.as_float(prior)
         self.teacher_features = (
             None
             if teacher_features is None
@@ -239,12 +239,12 @@ class VarPro(AbstractProblem):
         self.batch = batch
         if batch is not None:
             count = self.inputs.shape[0]
-            if _checks.positive_integer("batch", batch, "Or leave it out.") > count:
+            if checks.positive_integer("batch", batch, "Or leave it out.") > count:
                 raise ValueError(
                     f"Argument `batch` must be at most the {count} data, got {batch}. Leave it out "
                     f"to use all of them."
                 )
-        self.chunk = _checks.positive_integer("chunk", chunk, "Leave it out.")
+        self.chunk = checks.positive_integer("chunk", chunk, "Leave it out.")
         on_circle = isinstance(self.features, Relu) and self.features.dimension == 2
         self._data = CircleData.of(self.inputs, self.labels) if on_circle else None
 
@@ -275,11 +275,11 @@ class VarPro(AbstractProblem):
                 f"Argument `teacher` must be a `CircleTeacher` or a `TorusTeacher`, got "
                 f"{teacher!r}. Use for example `tts.CircleTeacher(100.0)`."
             )
-        _checks.positive_integer("samples", samples, "The paper uses 4096.")
-        _checks.positive_integer("teacher_width", teacher_width, "The paper uses 4096.")
+        checks.positive_integer("samples", samples, "The paper uses 4096.")
+        checks.positive_integer("teacher_width", teacher_width, "The paper uses 4096.")
         if features is None:
             features = Relu() if isinstance(teacher, CircleTeacher) else Radial()
-        key = typed_key(_checks.random_key(key))
+        key = typed_key(checks.random_key(key))
         theirs, inputs, labels = _published(teacher, key, samples, teacher_width, features)
         return cls(inputs, labels, features=features, teacher_features=theirs, **options)
 
@@ -289,7 +289,7 @@ class VarPro(AbstractProblem):
     @eqx.filter_jit
     def init(self, *, key: PRNGKeyArray) -> State:
         """Independent uniform features and their u*, as published."""
-        slow = self.features.draw(typed_key(_checks.random_key(key)), self.width)
+        slow = self.features.draw(typed_key(checks.random_key(key)), self.width)
         return State(self.critical(slow), slow)
 
     @double_precision
@@ -302,14 +302,14 @@ class VarPro(AbstractProblem):
             ValueError: wrong shapes, numbers that are not finite, features off their geometry.
         """
         shape = (self.width, self.features.dimension)
-        _checks.finite("slow", slow, "Give every feature a finite place.")
+        checks.finite("slow", slow, "Give every feature a finite place.")
         if np.ndim(slow) < 2 or np.shape(slow)[-2:] != shape:
             raise ValueError(
                 f"Argument `slow` must have shape [..., {shape[0]}, {shape[1]}], one row for each "
                 f"feature, got {np.shape(slow)}."
             )
         slow = jnp.asarray(slow, jnp.result_type(float))
-        if not _checks.is_traced(slow):
+        if not checks.is_traced(slow):
             far = float(self.geometry.distance(slow))
             if far > 1e-6:
                 raise ValueError(
@@ -321,7 +321,7 @@ class VarPro(AbstractProblem):
             for _ in range(slow.ndim - 2):
                 solve = jax.vmap(solve)
             return State(solve(slow), slow)
-        _checks.finite("fast", fast, "Give every weight a finite value.")
+        checks.finite("fast", fast, "Give every weight a finite value.")
         if np.shape(fast) != slow.shape[:-1]:
             raise ValueError(
                 f"Argument `fast` must have shape {slow.shape[:-1]}, one weight for each feature, "
@@ -535,10 +535,10 @@ def _published(
 
 def _points(name: str, value: Any, dimension: int) -> Float[Array, "n d"]:
     """Points `[n, d]`, at least one and finite."""
-    _checks.finite(name, value, "Give finite coordinates.")
+    checks.finite(name, value, "Give finite coordinates.")
     if np.ndim(value) != 2 or np.shape(value)[1] != dimension or np.shape(value)[0] == 0:
         raise ValueError(
             f"Argument `{name}` must have shape [n, {dimension}] with at least one row, as the "
             f"features have it, got shape {np.shape(value)}."
         )
-    return as_float(value)
+    return checks.as_float(value)

@@ -1,5 +1,8 @@
 """Argument checks at the public boundary: one sentence naming the argument, its value, the remedy.
 
+    self.width = checks.positive_integer("width", width, "The paper has 2000.")
+    self.eta = checks.as_float(checks.positive("eta", eta, "The paper has 4e-3.", single=True))
+
 Checks look at concrete values only. A traced value (inside `jit`, `vmap`, `grad`) passes
 through: its shape has been checked, its numbers cannot be.
 """
@@ -22,6 +25,11 @@ def inside_trace() -> bool:
     """Whether this code runs while JAX traces a function (new arrays come out as tracers)."""
     # the cheapest new array: every call asks this some times
     return isinstance(jax.lax.iota(np.int32, 1), jax.core.Tracer)
+
+
+def as_float(value: Any) -> Any:
+    """Concrete numbers as a NumPy float64 array (it keeps its digits whatever x64 says)."""
+    return jnp.asarray(value) if is_traced(value) else np.asarray(value, dtype=np.float64)
 
 
 def _show(value: Any) -> str:
@@ -102,12 +110,17 @@ def finite(name: str, value: Any, remedy: str) -> Any:
     return value
 
 
+def integer(name: str, value: Any, least: int, remedy: str) -> int:
+    """Refuse a `value` that is not an integer >= `least`."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise argument_error(name, f"be an integer of at least {least}", value, remedy)
+    return int(value)
+
+
 def positive_integer(name: str, value: Any, remedy: str) -> int:
     """Refuse a `value` that is not an integer >= 1."""
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < 1:
-        raise argument_error(name, "be an integer of at least 1", value, remedy)
-    return int(value)
+    return integer(name, value, 1, remedy)
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str], remedy: str = "") -> str:
