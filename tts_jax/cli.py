@@ -34,7 +34,8 @@ from tts_jax.experiments import SYSTEMS, System, system_of
 
 if TYPE_CHECKING:
     from tts_jax._trajectory import Trajectory
-    from tts_jax.experiments.marion_berthier import FigureSpec, Outcome
+    from tts_jax.experiments._figures import FigureSpec
+    from tts_jax.experiments.marion_berthier import Outcome
 
 
 _FIGURES = {name: about for one in SYSTEMS.values() for name, about in one.figures.items()}

@@ -1,37 +1,15 @@
 """What figures and animations ask of settings and trajectories, and the legend they share."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks
 
 
 GRID = np.linspace(0.0, 1.0, 2001)
-
-
-Settings = TypeVar("Settings")
-
-
-def settings_from(
-    table: Mapping[str, Mapping[str, Settings]], experiment: str, scale: str, seeds: int | None
-) -> Settings:
-    """The entry of an experiment and a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    checks.one_of("experiment", experiment, table)
-    settings: Any = table[experiment][checks.one_of("scale", scale, table[experiment])]
-    if seeds is None:
-        return settings
-    remedy = f"Its default is {settings.seeds}."
-    return replace(settings, seeds=checks.positive_integer("seeds", seeds, remedy))
 
 
 def problem_of(trajectory: tts.Trajectory) -> tts.Univariate:

@@ -14,7 +14,6 @@ width of a neuron's step, h the fast step size, and epoch k sits at the slow tim
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -28,15 +27,16 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import checks, plot
-from tts_jax.experiments._panels import legend, settings_from
-from tts_jax.experiments.marion_berthier import (
+from tts_jax.experiments._figures import (
     Data,
     FigureSpec,
     OnResult,
     Scale,
-    mark_missed,
-    read_data,
+    figure_data,
+    settings_from,
 )
+from tts_jax.experiments._panels import legend
+from tts_jax.experiments.marion_berthier import mark_missed
 
 
 _GRID = (np.arange(400) + 0.5) / 400
@@ -153,13 +153,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
 }
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings of an experiment at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -240,16 +234,6 @@ def published_outcomes() -> dict[str, Any]:
     """What the published notebooks print, as in `published/additive.json`."""
     file = resources.files("tts_jax.experiments") / "published" / "additive.json"
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- drawings -------------------------------------------------------------------------------
@@ -368,3 +352,5 @@ FIGURES: dict[str, FigureSpec] = {
     "figure_10d": _spec("additive_10d", boxes_10d, "10-D"),
     "figure_relu": _spec("additive_relu", boxes_relu, "ReLU"),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

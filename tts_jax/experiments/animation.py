@@ -22,8 +22,9 @@ from matplotlib.axes import Axes
 import tts_jax as tts
 from tts_jax import checks, plot
 from tts_jax.experiments import marion_berthier, varpro
+from tts_jax.experiments._figures import Data, OnResult, Scale
 from tts_jax.experiments._panels import GRID, jumps_of, number, one_seed, problem_of, target_of
-from tts_jax.experiments.marion_berthier import Data, OnResult, Scale, Settings
+from tts_jax.experiments.marion_berthier import Settings
 
 
 METHODS = ("sgd", "flow", "limit")

@@ -12,7 +12,7 @@ Paper symbols: γ is the step of the particles, η that of the logits, β the we
 divergence KL(p_ref | π); ε = η/γ, and τ = η times the number of steps of the logits.
 """
 
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +23,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks, plot
-from tts_jax.experiments._panels import legend, median_band, nearest, setting, settings_from
-from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
+from tts_jax import plot
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Table,
+    each_case,
+    figure_data,
+    settings_from,
+)
+from tts_jax.experiments._panels import legend, median_band, nearest, setting
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -152,13 +160,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
 }
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -171,13 +173,7 @@ def compute(
     progress: bool = False,
     on_result: OnResult | None = None,
 ) -> Data:
-    """The runs of the given cases.
-
-    Args:
-        settings: of all of them.
-        methods: names of `CASES`.
-        progress: show progress bars.
-        on_result: called with the name and trajectory of each as soon as it is there.
+    """The runs of the given cases, by `each_case`.
 
     Returns:
         Case to trajectory, batch axis `[seeds]`, of the reduced flows none. Beside the problem's
@@ -187,12 +183,9 @@ def compute(
         ValueError: an unknown case.
         RuntimeError: a reduced flow could not be computed to the end.
     """
-    for name in methods:
-        checks.one_of("methods", name, CASES)
-    data: Data = {}
     flows: dict[tuple[bool, bool], tts.Trajectory] = {}
-    for name in methods:
-        case = CASES[name]
+
+    def one(case: Case) -> tts.Trajectory:
         kind = case.penalised, case.published
         if kind not in flows:
             flows[kind] = _reduced(settings, case)
@@ -200,14 +193,13 @@ def compute(
         run = flow if case.dynamics == "limit" else _run(settings, case, progress)
         ideal = np.interp(run.tau, flow.tau, np.asarray(flow.observables["expected_reward"]))
         gap = np.asarray(run.observables["expected_reward"]) - ideal
-        data[name] = replace(
+        return replace(
             run,
             observables=run.observables | {"gap": gap},
             settings=run.settings | {"inner": np.asarray(case.inner)},
         )
-        if on_result is not None:
-            on_result(name, data[name])
-    return data
+
+    return each_case(CASES, methods, one, on_result)
 
 
 def _reduced(settings: Settings, case: Case) -> tts.Trajectory:
@@ -237,16 +229,6 @@ def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
         progress=progress,
         **given,
     )
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -478,3 +460,5 @@ FIGURES: dict[str, FigureSpec] = {
     "implicit_diffusion_ratio": _spec((*_RATIOS, "limit"), draw_ratio),
     "implicit_diffusion_penalty": _spec(_SIGNS, draw_penalty),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

@@ -10,7 +10,7 @@ Symbols: N is the number of particles, n the length of a prompt, c the number of
 attention for each of the particles, τ the slow time.
 """
 
-import os
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +22,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks, plot, regime
-from tts_jax.experiments._panels import legend, median_band, setting, settings_from
-from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
+from tts_jax import plot, regime
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Table,
+    each_case,
+    figure_data,
+    settings_from,
+)
+from tts_jax.experiments._panels import legend, median_band, setting
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -140,13 +148,7 @@ _PAPER = Settings(dimension=20, features=5, particles=500, samples=10_000)
 SETTINGS: dict[str, dict[str, Settings]] = {"kim_suzuki": {"quick": _QUICK, "paper": _PAPER}}
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -159,13 +161,7 @@ def compute(
     progress: bool = False,
     on_result: OnResult | None = None,
 ) -> Data:
-    """The runs of the given cases.
-
-    Args:
-        settings: of all of them.
-        methods: names of `CASES`.
-        progress: show progress bars.
-        on_result: called with the name and trajectory of each as soon as it is there.
+    """The runs of the given cases, by `each_case`.
 
     Returns:
         Case to trajectory, batch axis `[seeds]`. Beside the problem's observables, `feature_loss`
@@ -175,14 +171,7 @@ def compute(
     Raises:
         ValueError: an unknown case.
     """
-    for name in methods:
-        checks.one_of("methods", name, CASES)
-    data: Data = {}
-    for name in methods:
-        data[name] = _run(settings, CASES[name], progress)
-        if on_result is not None:
-            on_result(name, data[name])
-    return data
+    return each_case(CASES, methods, lambda case: _run(settings, case, progress), on_result)
 
 
 def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
@@ -250,16 +239,6 @@ def _curvature(settings: Settings, case: Case, run: tts.Trajectory) -> np.ndarra
         found = tts.smallest_curvature(problem, slow, key=jax.random.key(settings.key), steps=48)
         values[seed, chosen] = found.value
     return values
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -461,3 +440,5 @@ FIGURES: dict[str, FigureSpec] = {
     "kim_suzuki_prompts": _spec((*_PROMPT, "prompt_100_sampled"), draw_prompts),
     "kim_suzuki_birth_death": _spec(_BIRTHS, draw_birth_death),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

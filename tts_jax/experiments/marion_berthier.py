@@ -11,12 +11,10 @@ Paper symbols: ε is the ratio of the slow to the fast step size, h the fast ste
 width of a neuron's step, τ = εhk the slow time of step k.
 """
 
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +23,14 @@ from matplotlib.figure import Figure
 
 import tts_jax as tts
 from tts_jax import checks, plot
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Scale,
+    figure_data,
+    settings_from,
+)
 from tts_jax.experiments._panels import (
     GRID,
     jumps_of,
@@ -33,14 +39,8 @@ from tts_jax.experiments._panels import (
     number,
     one_seed,
     problem_of,
-    settings_from,
 )
 from tts_jax.experiments.sketches import draw_figure1, draw_figure2, draw_proof
-
-
-Scale = Literal["quick", "paper"]
-Data = dict[str, tts.Trajectory]
-OnResult = Callable[[str, tts.Trajectory], None]
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -186,13 +186,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
 }
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings of an experiment at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -340,28 +334,6 @@ def _compare(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return data
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
-
-
-def read_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The files of a figure in `folder`; see `load_data`."""
-    stem = f"{figure}_"
-    files = sorted(Path(folder).glob(f"{stem}*.nc"))
-    if not files:
-        raise FileNotFoundError(
-            f"There are no data `{stem}*.nc` in `{folder}`. Write them with `tts-jax reproduce "
-            f"{figure} --out {folder}`."
-        )
-    return {path.name.removeprefix(stem).removesuffix(".nc"): tts.load(path) for path in files}
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -610,40 +582,6 @@ def _spread(times: Sequence[float], trajectory: tts.Trajectory, count: int) -> l
 # --- figures --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FigureSpec:
-    """How one figure comes about.
-
-    Attributes:
-        experiment: name of its settings in `SETTINGS`; figures that share one share its data.
-        compute: the function that computes the data.
-        methods: the methods that the drawing needs.
-        draw: the function from data to Figure.
-        table: what its data came to, from its name, its data and the seconds that they took; by
-            default losses and recovered jumps.
-    """
-
-    experiment: str
-    compute: Callable[..., Data]
-    methods: tuple[str, ...]
-    draw: Callable[[Mapping[str, tts.Trajectory]], Figure]
-    table: Callable[[str, Mapping[str, tts.Trajectory], float], "Table"] | None = None
-
-
-class Table(NamedTuple):
-    """A table for the terminal.
-
-    Attributes:
-        header: names of the columns.
-        rows: their entries.
-        notes: lines below it.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str]
-
-
 FIGURES: dict[str, FigureSpec] = {
     "figure1": FigureSpec("notation", sketch, ("flow",), draw_figure1),
     "figure2": FigureSpec("dynamics", sketch, ("limit",), draw_figure2),
@@ -658,3 +596,5 @@ FIGURES: dict[str, FigureSpec] = {
     "figure5": FigureSpec("same_rate", same_rate, ("sgd", "flow"), draw_figure5),
     "figure7": FigureSpec("epsilon_boxes", epsilon_boxes, ("sgd",), draw_figure7),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

@@ -12,7 +12,7 @@ A seed has *found* the solution if |κ| and |ν| are above 0.95 and of one sign,
 Its roles are *swapped* if |η| is above 0.95 instead: k ≈ ±v*.
 """
 
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +24,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks, plot
+from tts_jax import plot
 from tts_jax.experiments import _study
-from tts_jax.experiments._panels import median_band, settings_from
-from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Table,
+    each_case,
+    figure_data,
+    settings_from,
+)
+from tts_jax.experiments._panels import median_band
 
 
 NEAR = 0.95
@@ -146,13 +154,7 @@ _PAPER = Settings(hurry=1.0, many=400, grid=60, draws=24)
 SETTINGS: dict[str, dict[str, Settings]] = {"single_location": {"quick": _QUICK, "paper": _PAPER}}
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -165,13 +167,7 @@ def compute(
     progress: bool = False,
     on_result: OnResult | None = None,
 ) -> Data:
-    """The runs of the given cases.
-
-    Args:
-        settings: of all of them.
-        methods: names of `CASES`.
-        progress: show progress bars.
-        on_result: called with the name and trajectory of each as soon as it is there.
+    """The runs of the given cases, by `each_case`.
 
     Returns:
         Case to trajectory, batch axis `[seeds]`; that of the basins is the grid, κ first, then ν,
@@ -180,14 +176,7 @@ def compute(
     Raises:
         ValueError: an unknown case.
     """
-    for name in methods:
-        checks.one_of("methods", name, CASES)
-    data: Data = {}
-    for name in methods:
-        data[name] = _run(settings, CASES[name], progress)
-        if on_result is not None:
-            on_result(name, data[name])
-    return data
+    return each_case(CASES, methods, lambda case: _run(settings, case, progress), on_result)
 
 
 def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
@@ -244,16 +233,6 @@ def _starts(settings: Settings, case: Case) -> tts.State:
     rho = np.sum(k * v, axis=-1) + kappa * v[..., 0] + nu * k[..., 1]
     seen = {"kappa": kappa, "nu": nu, "theta": v[..., 0], "eta": k[..., 1], "rho": rho}
     return problem.state(**{name: part.ravel() for name, part in seen.items()})
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -512,3 +491,5 @@ FIGURES: dict[str, FigureSpec] = {
     "single_location_schedule": _spec(SCHEDULE, draw_schedule),
     "single_location_basins": _spec(BASINS, draw_basins),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

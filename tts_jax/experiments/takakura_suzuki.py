@@ -11,7 +11,7 @@ Paper symbols: σ is `noise`, that of the data; σ̃ is `label_noise`, drawn ane
 `samples`, N `width`, η `step_size`. The paper does not state n, and its σ and σ̃ cannot be read.
 """
 
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks, plot
-from tts_jax.experiments._panels import legend, setting, settings_from
-from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
+from tts_jax import plot
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Table,
+    each_case,
+    figure_data,
+    settings_from,
+)
+from tts_jax.experiments._panels import legend, setting
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -119,13 +127,7 @@ _PAPER = Settings(dimension=15, samples=300, width=2000, steps=10_000, seeds=5, 
 SETTINGS: dict[str, dict[str, Settings]] = {"takakura_suzuki": {"quick": _QUICK, "paper": _PAPER}}
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -138,13 +140,7 @@ def compute(
     progress: bool = False,
     on_result: OnResult | None = None,
 ) -> Data:
-    """The runs of the given cases, in float32.
-
-    Args:
-        settings: of all of them.
-        methods: names of `CASES`.
-        progress: show progress bars.
-        on_result: called with the name and trajectory of each as soon as it is there.
+    """The runs of the given cases, in float32, by `each_case`.
 
     Returns:
         Case to trajectory, batch axis `[seeds]`: start and end, and in `.series` the observables
@@ -153,14 +149,7 @@ def compute(
     Raises:
         ValueError: an unknown case.
     """
-    for name in methods:
-        checks.one_of("methods", name, CASES)
-    data: Data = {}
-    for name in methods:
-        data[name] = _run(settings, CASES[name], progress)
-        if on_result is not None:
-            on_result(name, data[name])
-    return data
+    return each_case(CASES, methods, lambda case: _run(settings, case, progress), on_result)
 
 
 def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
@@ -174,16 +163,6 @@ def _run(settings: Settings, case: Case, progress: bool) -> tts.Trajectory:
         observe_every=max(1, settings.steps // (settings.records - 1)),
         progress=progress,
     )
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -288,3 +267,5 @@ FIGURES: dict[str, FigureSpec] = {
     "takakura_suzuki_alignment": _spec(_NOISE, draw_alignment),
     "takakura_suzuki_label_noise": _spec(_LABEL_NOISE, draw_label_noise),
 }
+
+load_data = functools.partial(figure_data, FIGURES)

@@ -12,6 +12,7 @@ Paper symbols: M is the width, λ the penalty, γ how sharp the teacher's modes 
 the outer weights (1: unbiased), t the slow time, of which an epoch takes `time_step`.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tts_jax as tts
-from tts_jax import checks, plot
-from tts_jax.experiments._panels import legend, median_band, setting, settings_from
-from tts_jax.experiments.marion_berthier import Data, FigureSpec, OnResult, Table, read_data
+from tts_jax import plot
+from tts_jax.experiments._figures import (
+    Data,
+    FigureSpec,
+    OnResult,
+    Table,
+    each_case,
+    figure_data,
+    settings_from,
+)
+from tts_jax.experiments._panels import legend, median_band, setting
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -149,13 +158,7 @@ _PAPER = Settings(
 SETTINGS: dict[str, dict[str, Settings]] = {"varpro": {"quick": _QUICK, "paper": _PAPER}}
 
 
-def settings_of(experiment: str, scale: str = "quick", seeds: int | None = None) -> Settings:
-    """The settings at a scale, with another number of seeds if given.
-
-    Raises:
-        ValueError: an unknown experiment or scale, or `seeds` < 1.
-    """
-    return settings_from(SETTINGS, experiment, scale, seeds)
+settings_of = functools.partial(settings_from, SETTINGS)
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -168,13 +171,7 @@ def compute(
     progress: bool = False,
     on_result: OnResult | None = None,
 ) -> Data:
-    """The runs of the given cases.
-
-    Args:
-        settings: of all of them.
-        methods: names of `CASES`.
-        progress: show progress bars.
-        on_result: called with the name and trajectory of each as soon as it is there.
+    """The runs of the given cases, by `each_case`.
 
     Returns:
         Case to trajectory, batch axis `[seeds]`, recorded at `settings.t`. Beside the problem's
@@ -184,23 +181,20 @@ def compute(
     Raises:
         ValueError: an unknown case.
     """
-    for name in methods:
-        checks.one_of("methods", name, CASES)
-    data: Data = {}
     densities: dict[float, np.ndarray] = {}
-    for name in methods:
-        case = CASES[name]
+
+    def one(case: Case) -> tts.Trajectory:
         if case.gamma not in densities:
             densities[case.gamma] = diffused(settings, case)
         run = _run(settings, case, progress)
         distance = _distance(run.slow, settings.diffusion(case).theta, densities[case.gamma])
-        observables = run.observables | {"diffusion_distance": distance}
-        data[name] = replace(
-            run, observables=observables, settings=run.settings | {"gamma": _gamma(settings, case)}
+        return replace(
+            run,
+            observables=run.observables | {"diffusion_distance": distance},
+            settings=run.settings | {"gamma": _gamma(settings, case)},
         )
-        if on_result is not None:
-            on_result(name, data[name])
-    return data
+
+    return each_case(CASES, methods, one, on_result)
 
 
 def diffused(settings: Settings, case: Case) -> np.ndarray:
@@ -272,16 +266,6 @@ def saved(folder: str | os.PathLike[str], figure: str, settings: Settings) -> tt
     long_enough = np.isclose(np.asarray(run.tau)[-1], settings.t[-1])
     good = same and width == settings.width and seeds >= settings.seeds and long_enough
     return run if good else None
-
-
-def load_data(folder: str | os.PathLike[str], figure: str) -> Data:
-    """The data behind a figure that `tts-jax reproduce` wrote to `folder`.
-
-    Raises:
-        ValueError: an unknown figure.
-        FileNotFoundError: the folder holds no data of that figure.
-    """
-    return read_data(folder, checks.one_of("figure", figure, FIGURES))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -519,3 +503,5 @@ FIGURES: dict[str, FigureSpec] = {
     "varpro_two_timescale": _spec((*_PENALTIES[:3], *_TWO), draw_two_timescale),
     "varpro_density": _spec(("base",), draw_density),
 }
+
+load_data = functools.partial(figure_data, FIGURES)
