@@ -249,7 +249,7 @@ def test_work_grows_in_proportion_to_the_neurons(target):
 
 def test_engines_that_cannot_be_used_are_refused(problem, separated):
     setting = dict(epsilon=1e-2, tau=[0.1])
-    with pytest.raises(ValueError, match="`engine` must be one of 'auto', 'simd'"):
+    with pytest.raises(ValueError, match="`engine` must be one of 'auto', 'cuda', 'simd'"):
         tts.flow(problem, separated, engine="fast", **setting)
     with pytest.raises(ValueError, match="'diffrax' together with `solver`"):
         tts.flow(problem, separated, engine="simd", solver="tsit5", **setting)

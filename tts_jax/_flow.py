@@ -1,5 +1,6 @@
 """The gradient flow at finite ε: a stiff singular-perturbation ODE in slow time, by Diffrax."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -66,12 +67,14 @@ def flow(
         rtol: relative tolerance of one step.
         atol: absolute tolerance of one step, in the units of the state.
         engine: how the lanes are solved. `"simd"`: side by side in the vectors of the CPU, compiled
-            by LLVM (extra `cpu`); `"loop"`: the same in JAX alone, on any device, differentiable
-            in both modes, but slow to compile; `"diffrax"`: one by one by Diffrax. The first two
-            are for problems with a structure to use, such as `Univariate` (banded stages, time
-            and memory in proportion to m). `"auto"`: `"simd"` where it can be used, which is
-            outside transformations, else `"diffrax"`. `solver`, `adjoint` and `progress_meter` are
-            Diffrax's: to give one of them chooses it.
+            by LLVM (extra `cpu`); `"cuda"`: the same program in the threads of an NVIDIA GPU, a
+            lane each; `"loop"`: the same in JAX alone, on any device, differentiable in both
+            modes, but slow to compile; `"diffrax"`: one by one by Diffrax. All but the last are
+            for problems with a structure to use, such as `Univariate` (banded stages, time and
+            memory in proportion to m). `"auto"`: where numbers are known, which is outside
+            transformations, `"cuda"` for many lanes on a GPU, otherwise `"simd"`; else
+            `"diffrax"`. `solver`, `adjoint` and `progress_meter` are Diffrax's: to give one of
+            them chooses it.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
             solver, or `"auto"`: Tsit5 when by `problem.fastest_rate` stability costs it few
@@ -86,7 +89,7 @@ def flow(
     Returns:
         A `Trajectory` whose batch axes are those of `state` and `epsilon`, broadcast. Its
         `.stats` are per lane `steps`, `accepted`, `rejected` and `reached`, the slow time up to
-        which it was computed, and by engine `"simd"` the `bandwidth`, the largest number of
+        which it was computed, and by `"simd"` and `"cuda"` the `bandwidth`, the largest number of
         neighbours that overlapped, and whether the lane was left to Diffrax (`dense`) because
         that was too many. A lane that fails has a status, keeps what was recorded until then, and
         has NaN after that; other lanes do not notice.
@@ -106,6 +109,7 @@ def flow(
     engine = choose_engine(
         engine,
         problem,
+        max(math.prod(batch_shape(problem, state)), epsilon.size),
         (state, epsilon, tau, rtol, atol),
         own=solver == "auto" and adjoint is None and progress_meter is None,
     )

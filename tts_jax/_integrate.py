@@ -7,7 +7,7 @@ them, and `lane_answer` turns a Diffrax solution into states, losses, a status a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import diffrax
 import equinox as eqx
@@ -262,15 +262,20 @@ def _reshape(answer: Any, shape: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape((*shape, *leaf.shape[1:])), answer)
 
 
-EngineName = Literal["auto", "simd", "loop", "diffrax"]
+EngineName = Literal["auto", "cuda", "simd", "loop", "diffrax"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
+ON_HOST = ("cuda", "simd")  # engines that get NumPy arrays
+# Lanes per core of the CPU from which a GPU is faster (`python -m benchmarks.gpu --only flow`).
+CUDA_LANES = 1000
 
 
 def choose_engine(
-    engine: EngineName, problem: AbstractProblem, numbers: Any, *, own: bool
+    engine: EngineName, problem: AbstractProblem, lanes: int, numbers: Any, *, own: bool
 ) -> EngineName:
     """The engine that `"auto"` stands for, or the given one if it can be used.
 
     Args:
+        lanes: how many there are.
         numbers: what may be traced besides the problem.
         own: whether nothing was asked for that only Diffrax has.
 
@@ -278,30 +283,38 @@ def choose_engine(
         ValueError: the engine does not exist, or not for this problem, here, or together with the
             other arguments.
     """
-    checks.one_of("engine", engine, ("auto", "simd", "loop", "diffrax"), "Or leave it out.")
+    checks.one_of("engine", engine, ENGINES, "Or leave it out.")
     remedy = "Leave `engine` out."
-    if engine in ("simd", "loop") and not own:
-        raise ValueError(
-            f"Argument `engine` must be 'diffrax' together with `solver`, `adjoint` or "
-            f"`progress_meter`, got {engine!r}. Leave one of them out."
-        )
-    if engine in ("simd", "loop") and engine not in problem.flow_engines:
-        kind = type(problem).__name__
-        raise ValueError(
-            f"Argument `engine` is {engine!r}, which this `{kind}` does not have. {remedy}"
-        )
+    if engine not in ("auto", "diffrax"):
+        if not own:
+            raise ValueError(
+                f"Argument `engine` must be 'diffrax' together with `solver`, `adjoint` or "
+                f"`progress_meter`, got {engine!r}. Leave one of them out."
+            )
+        if engine not in problem.flow_engines:
+            kind = type(problem).__name__
+            raise ValueError(
+                f"Argument `engine` is {engine!r}, which this `{kind}` does not have. {remedy}"
+            )
     traced = checks.is_traced(problem, numbers) or checks.inside_trace()
-    reason = None
-    if "simd" in problem.flow_engines:
-        reason = "numbers are not known inside a transformation" if traced else _simd.missing()
-        if reason is None and jax.default_backend() != "cpu":
-            reason = f"JAX computes on {jax.default_backend()}"
-    if engine == "simd" and reason is not None:
-        raise ValueError(f"Argument `engine` is 'simd', but {reason}. {remedy}")
+
+    def reason(name: str) -> str | None:
+        """Why an engine on the host cannot be used."""
+        if traced:
+            return "numbers are not known inside a transformation"
+        return _simd.missing() or (_simd.cuda.missing() if name == "cuda" else None)
+
+    if engine in ON_HOST and (why := reason(engine)) is not None:
+        raise ValueError(f"Argument `engine` is {engine!r}, but {why}. {remedy}")
     if engine != "auto":
         return engine
     # "loop" is only taken when asked for: it takes long to compile
-    return "simd" if own and "simd" in problem.flow_engines and reason is None else "diffrax"
+    many = CUDA_LANES * _compat.cores()
+    wanted: tuple[EngineName, ...] = ("cuda", "simd") if lanes >= many else ("simd",)
+    for name in wanted:
+        if own and name in problem.flow_engines and reason(name) is None:
+            return name
+    return "diffrax"
 
 
 def solve(
@@ -333,10 +346,11 @@ def solve(
         atol=run.atol,
         max_steps=run.max_steps,
     )
-    if engine != "simd":
+    if engine not in ON_HOST:
         return batch.unflatten(answer), batch.names
     beyond = np.flatnonzero(answer["stats"].get("dense", False))
     if beyond.size:
+        answer = jax.tree.map(np.array, answer)
         some = jax.tree.map(lambda leaf: leaf[beyond], batch.state)
         lanes = some, batch.epsilon[beyond]
         rest, _ = solve_lanes(problem, solve_lane, *lanes, problem, run, spread=spread)

@@ -1,5 +1,6 @@
 """The two-timescale limit: the reduced flow on the critical manifold."""
 
+import math
 from typing import Any, Literal, cast
 
 import diffrax
@@ -10,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from tts_jax import _compat, checks
 from tts_jax._integrate import (
+    ON_HOST,
     EngineName,
     Run,
     as_double,
@@ -22,7 +24,7 @@ from tts_jax._integrate import (
     solve,
 )
 from tts_jax._precision import double_precision, require_double_precision
-from tts_jax._problem import AbstractProblem, State
+from tts_jax._problem import AbstractProblem, State, batch_shape
 from tts_jax._rosenbrock import Rodas5P
 from tts_jax._trajectory import Status, Trajectory, over_lanes, raise_on_failure, record
 
@@ -66,9 +68,9 @@ def limit(
     Returns:
         A `Trajectory` with the batch axes of `state`. Its `.stats` are those of `flow` and what
         `problem.reduced_observables` reports at each τ: for `Univariate` the `condition` number
-        that tells how well a*(u) is determined (by engine `"simd"` within some percent). Neurons
-        may meet; engine `"simd"` then lets them rest some 1e-3 η apart, by a ridge of a few ulp in
-        the loss (`problems/_banded_program`), while Diffrax may end with `MAX_STEPS`.
+        that tells how well a*(u) is determined (by `"simd"` and `"cuda"` within some percent).
+        Neurons may meet; these engines then let them rest some 1e-3 η apart, by a ridge of a few
+        ulp in the loss (`problems/_banded_program`), while Diffrax may end with `MAX_STEPS`.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape.
@@ -79,7 +81,8 @@ def limit(
     check_start(problem, state)
     check_noiseless("limit", problem, averaged=True)
     own = solver == "auto" and adjoint is None and progress_meter is None
-    engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
+    lanes = math.prod(batch_shape(problem, state))
+    engine = choose_engine(engine, problem, lanes, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
         names = ("auto", "rodas5p", "tsit5")
         checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Tsit5()`.")
@@ -97,11 +100,10 @@ def limit(
         adjoint=adjoint,
         progress_meter=progress_meter,
     )
-    lanes = state, jnp.zeros(())
     # `critical` may have an `eigh` in it
     spread = not _compat.loops_run_inline()
-    answer, names = solve(problem, engine, _solve_lane, *lanes, run, spread=spread)
-    if engine != "simd" or np.any(answer["stats"]["dense"]):  # else the engine has them
+    answer, names = solve(problem, engine, _solve_lane, state, jnp.zeros(()), run, spread=spread)
+    if engine not in ON_HOST or np.any(answer["stats"]["dense"]):  # else the engine has them
         more = over_lanes(_reduced_observables, jnp.ndim(answer["loss"]), problem, answer["slow"])
         answer["stats"] |= more
         if "converged" in more:  # the fast variable that was found is not on the manifold

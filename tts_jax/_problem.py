@@ -289,7 +289,7 @@ class AbstractProblem(eqx.Module):
         """The flow, or where ε = 0 the reduced flow, by an engine that knows the structure.
 
         Args:
-            engine: one of `flow_engines`; `"simd"` gets NumPy arrays and is never traced.
+            engine: one of `flow_engines`; `"simd"` and `"cuda"` get NumPy arrays, never tracers.
             state: leaves with an axis of lanes in front.
 
         Returns:

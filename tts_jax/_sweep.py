@@ -54,7 +54,7 @@ from tts_jax._checkpoint import (
     write_text,
 )
 from tts_jax._flow import flow
-from tts_jax._integrate import EngineName, choose_engine
+from tts_jax._integrate import ENGINES as FLOW_ENGINES, EngineName, choose_engine
 from tts_jax._lanes import ENGINES, Cell as LaneCell, LaneRun
 from tts_jax._limit import limit
 from tts_jax._problem import State
@@ -79,7 +79,7 @@ _CHUNK_SECONDS = 2.0  # aimed duration of a chunk: checkpoints, Ctrl-C and progr
 _LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 _POLL_SECONDS = 0.2  # between looks at what the other processes have finished
 _AXES = ("epsilon", "neurons", "eta", "step_size", "noise")
-_ENGINES = {"sgd": ENGINES} | dict.fromkeys(("flow", "limit"), ("auto", "simd", "loop", "diffrax"))
+_ENGINES = {"sgd": ENGINES} | dict.fromkeys(("flow", "limit"), FLOW_ENGINES)
 # what a dynamics does not depend on
 _UNUSED = {"sgd": (), "flow": ("step_size", "noise"), "limit": ("epsilon", "step_size", "noise")}
 
@@ -122,7 +122,7 @@ class Grid:
     records: int = 51
     gradient: Literal["exact", "box"] = "exact"
     dtype: Literal["float32", "float64"] = "float32"
-    engine: Literal["auto", "simd", "kernel", "unrolled", "loop", "diffrax"] = "auto"
+    engine: Literal["auto", "cuda", "simd", "kernel", "unrolled", "loop", "diffrax"] = "auto"
     key: int = 0
     jumps: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8)
     values: tuple[float, ...] = (1.0, 5.0, 1.0, 3.0, 1.0, 5.0)
@@ -554,7 +554,8 @@ class SolveRun:
         self._state = jax.tree.map(lambda leaf: leaf[unit.first : unit.last], state)
         self._dynamics = grid.dynamics
         engine = cast(EngineName, grid.engine)
-        self.engine = choose_engine(engine, self._problem, self._state, own=True)
+        starts = unit.last - unit.first
+        self.engine = choose_engine(engine, self._problem, starts, self._state, own=True)
         self.steps = 0
         self._answer: Trajectory | None = None
 

@@ -28,6 +28,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from tts_jax._simd import cuda
 from tts_jax._simd.graph import CHUNK, Unsupported
 from tts_jax._simd.memory import aligned_copy
 
@@ -37,6 +38,7 @@ __all__ = [
     "FEW",
     "Unsupported",
     "aligned_copy",
+    "cuda",
     "in_threads",
     "missing",
 ]

@@ -28,14 +28,27 @@ from typing import Any
 from llvmlite import ir
 
 from tts_jax._rosenbrock import GAMMA, A, C, H
-from tts_jax._simd.writer import ADDRESS, WHOLE, Array, Index, Mask, Real, Writer
+from tts_jax._simd.writer import (
+    ADDRESS,
+    WARP,
+    WHOLE,
+    Array,
+    Index,
+    Mask,
+    Real,
+    Target,
+    Variable,
+    Writer,
+)
 from tts_jax.problems import _step
 
 
+ENTRIES = ("settle", "advance", "finish")
 STAGES = len(A)
 ITERATIONS = 12  # for the ends of the spectrum of the Gram matrix
 OVERLAP = 1.02  # neighbours count as overlapping below this many widths when K is chosen
 NARROW_BANDS = 7  # bands of fewer neighbours have code of their own
+MOST_IN_REGISTERS = 2  # neighbours whose columns are eliminated without memory between
 FARTHEST = 8.0  # a step in which a neuron moves by more widths is tried again with a smaller size
 
 # Arrays of one vector per entry, with their lengths: m neurons, n = 2m + 1 rows, b = 2K + 3.
@@ -88,7 +101,7 @@ NUMBERS = (
 )
 SIZES = (
     *("neurons", "jumps", "times", "starts", "max_steps", "reduced", "apart", "widest_band"),
-    "too_wide",
+    *("too_wide", "length"),
 )
 SHARED = (
     *("numbers", "sizes", "queue", "tau"),
@@ -129,10 +142,25 @@ class Scope:
 
     def array(self, name: str) -> Array:
         w = self.writer
-        pointer = w.builder.inttoptr(self.table[SLOTS[name]].ir, ADDRESS)
+        address = self.table[SLOTS[name]]
+        if w.target.cuda and name not in SHARED:
+            address = address + self._own(name)
+        pointer = w.builder.inttoptr(address.ir, ADDRESS)
         if name in VECTORS:
             return w.vectors(pointer)
         return w.indices(pointer) if name in OF_INDICES else w.numbers(pointer)
+
+    def _own(self, name: str) -> Index:
+        """From the memory of the first thread of a GPU to that of this one, in bytes."""
+        w = self.writer
+        thread = w.thread()
+        if name in LANE_INDICES:
+            return thread * 8
+        warp, place = (
+            Index(w, operation(thread.ir, ir.Constant(WHOLE, number)))
+            for operation, number in ((w.builder.udiv, WARP), (w.builder.urem, WARP))
+        )
+        return (warp * self.size("length") * WARP + place) * 8
 
     def size(self, name: str) -> Index:
         return self._sizes[SIZES.index(name)]
@@ -203,14 +231,15 @@ def bump(w: Writer, z: Real) -> Real:
 
 
 class Program:
-    """All functions of the engine in one module, for vectors of `lanes`.
+    """All functions of the engine in one module.
 
     The entry points take the work table: `settle` moves the starts to the critical manifold,
-    `advance` solves starts from the queue, `finish` turns records into answers.
+    `advance` solves starts from the queue, `finish` turns records into answers. On a GPU the
+    kernel `run` calls them in all threads.
     """
 
-    def __init__(self, module: Any, lanes: int) -> None:
-        self.module, self.lanes = module, lanes
+    def __init__(self, module: Any, target: Target) -> None:
+        self.module, self.target, self.lanes = module, target, target.lanes
         self.cuts = {
             name: self._cut(name, first, second)
             for name, first, second in (
@@ -236,11 +265,32 @@ class Program:
         self.advance = self._advance()
         self.settle = self._settle()
         self.finish = self._finish()
+        if target.cuda:
+            self._kernel()
+
+    def _kernel(self) -> None:
+        """The kernel `run(table, number, count)`: an entry point, by its number, in every thread.
+
+        `count` listed states are dealt out to the threads. It is one kernel, because the driver
+        compiles all functions anew for each.
+        """
+        w, _ = self._function("run", (WHOLE, WHOLE))
+        w.function.calling_convention = "ptx_kernel"
+        table, number, count = w.arguments
+        for place, name in enumerate(ENTRIES):
+            entry = getattr(self, name)
+            with w.when(w.index(number).equals(place)):
+                if len(entry.arguments) == 1:
+                    w.call(entry, table)
+                else:
+                    with w.range(w.thread(), w.index(count), w.threads()) as state:
+                        w.call(entry, table, state, state + 1)
+        w.give()
 
     def _function(
         self, name: str, extra: tuple[Any, ...] = (), result: Any = None
     ) -> tuple[Writer, Scope]:
-        writer = Writer(self.module, name, (ADDRESS, *extra), self.lanes, result)
+        writer = Writer(self.module, name, (ADDRESS, *extra), self.target, result)
         return writer, Scope(writer)
 
     # --- edges of the interval ---
@@ -248,7 +298,7 @@ class Program:
     def _cut(self, name: str, first: Any, second: Any) -> Writer:
         """∫_{t<0} f(t + p) g(t + q) dt between the breakpoints, as in `_step`."""
         vector = ir.VectorType(ir.DoubleType(), self.lanes)
-        w = Writer(self.module, name, (vector, vector), self.lanes, vector)
+        w = Writer(self.module, name, (vector, vector), self.target, vector)
         p, q = (Real(w, argument) for argument in w.arguments)
         smaller, larger = w.minimum(p, q), w.maximum(p, q)
         low = w.minimum(-0.5 - smaller, 0.0)
@@ -300,9 +350,12 @@ class Program:
     def _forget(self, w: Writer, scope: Scope, y: Array) -> None:
         """Have neurons look for their nearest jump anew, so that no result depends on the past."""
         low_end, low, high = map(scope.array, ("low_end", "low_cell", "high_cell"))
-        with w.range(1, scope.m + 1) as j:
+
+        def forget(j: Index) -> None:
             u = y[j * 2 - 1]
             low_end[j] = w.where((u <= low[j]) | (u > high[j]), float("inf"), low_end[j])
+
+        w.each(1, scope.m + 1, forget)
 
     def _edges(self) -> Writer:
         """What transitions across an end of [0, 1] add to `drift`, `pull`, `extra`, `filling`."""
@@ -320,9 +373,11 @@ class Program:
                 filling[k] = filling[k] + part
                 drift[k] = drift[k] - part
 
-        with w.range(1, m + 1) as j:
+        def measure(j: Index) -> None:
             left[j] = -(place[j] * per_eta)
             right[j] = (place[j] - 1.0) * per_eta
+
+        w.each(1, m + 1, measure)
         passed = w.variable(w.real(0.0))  # Σ_{i<j} a_i R_i
         with w.range(1, m + 1) as j:
             p, q = left[j], right[j]
@@ -371,17 +426,20 @@ class Program:
         place, area, level, trim = map(scope.array, ("place", "area", "level", "trim"))
         jump, height, jumps = scope.array("jump"), scope.array("height"), scope.size("jumps")
         apart = scope.size("apart") > 0
+
+        def look(j: Index) -> None:
+            u = place[j]
+            beyond, tall = u - near[j], size[j]
+            t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
+            cube = (t * t) * t
+            spread = w.maximum(beyond, 0.0) + (eta * t) * cube
+            tail = tall * (cube * 4.0)
+            trim[j] = t
+            area[j] = filled[j] + before[j] * beyond + tall * spread
+            level[j] = before[j] + w.where(beyond > 0.0, tall - tail, tail)
+
         with w.when(apart):
-            with w.range(1, scope.m + 1) as j:
-                u = place[j]
-                beyond, tall = u - near[j], size[j]
-                t = w.maximum(0.5 - w.abs(beyond * per_eta), 0.0)
-                cube = (t * t) * t
-                spread = w.maximum(beyond, 0.0) + (eta * t) * cube
-                tail = tall * (cube * 4.0)
-                trim[j] = t
-                area[j] = filled[j] + before[j] * beyond + tall * spread
-                level[j] = before[j] + w.where(beyond > 0.0, tall - tail, tail)
+            w.each(1, scope.m + 1, look)
         with w.when(~apart):
             with w.range(1, scope.m + 1) as j:
                 u = place[j]
@@ -402,18 +460,24 @@ class Program:
         low, high = eta * -0.5, 1.0 + eta * 0.5
         inner, outer = eta * 0.5, 1.0 - eta * 0.5
         apart = scope.size("apart") > 0
-        crossing, narrow = (w.variable(w.real(0.0) > 1.0) for _ in range(2))
+        crossing, narrow, lost = (w.variable(w.real(0.0) > 1.0) for _ in range(3))
         farthest = w.variable(w.real(float("-inf")))  # of all beyond the K-th on the left
-        with w.range(1, scope.m + 1) as j:
+
+        def put(j: Index) -> None:
             u = w.minimum(w.maximum(y[j * 2 - 1], low), high)
             place[j] = u
             crossing.set(crossing.get() | (u < inner) | (u > outer))
-            lost = w.any((u < low_end[j]) | (u > high_end[j]))
-            with w.when(lost & apart):
-                w.call(self.locate, w.arguments[0], j)
-        with w.range(bound + 2, scope.m + 1) as j:
+            lost.set(lost.get() | (u < low_end[j]) | (u > high_end[j]))
+
+        def compare(j: Index) -> None:
             farthest.set(w.maximum(farthest.get(), place[j - bound - 1]))
             narrow.set(narrow.get() | (place[j] - farthest.get() < eta))
+
+        w.each(1, scope.m + 1, put)
+        with w.when(w.any(lost.get()) & apart):
+            with w.range(1, scope.m + 1) as j:
+                w.call(self.locate, w.arguments[0], j)
+        w.each(bound + 2, scope.m + 1, compare)
         return crossing.get(), narrow.get()
 
     def _gradient(self) -> Writer:
@@ -435,19 +499,20 @@ class Program:
         area, level, trim = map(scope.array, ("area", "level", "trim"))
         apart = scope.size("apart") > 0
 
-        def close(j: Index, u: Real, sides: Real, pairs: Real) -> None:
-            """What neuron j at u feels."""
+        def close(j: Index, a: Real, u: Real, sides: Real, pairs: Real) -> None:
+            """What neuron j at u with weight a feels."""
             error = sides * 0.5 + (pairs - level[j])
             error = w.where((u > low) & (u < high), error, 0.0)
             misfit[j] = error
-            g[j * 2 - 1] = (weight[j] * error) * 2.0
+            g[j * 2 - 1] = (a * error) * 2.0
 
         weight[1] = y[2] - y[0]
         excess = w.variable(y[0] * place[1] + own * weight[1] - area[1])  # of plateau i − 1
         filling[0] = area[1]
         under = w.variable(y[0])
         pairs, lean, lean_next = (w.variable(w.real(0.0)) for _ in range(3))
-        with w.range(1, m) as i:
+
+        def advance(i: Index) -> None:
             u, following = place[i], place[i + 1]
             before, here, after = y[i * 2 - 2], y[i * 2], y[i * 2 + 2]
             a, other = here - before, after - here
@@ -458,7 +523,7 @@ class Program:
             fill = w.variable(area[i + 1] - area[i])
             over, under_next = w.variable(here), w.variable(here)
             pairs_next, lean_last = (w.variable(w.real(0.0)) for _ in range(2))
-            with w.when(w.any(r < 1.0)):
+            with w.maybe(r < 1.0):
                 # Neurons i and i + 1 overlap. As they come closer their weights may grow like one
                 # over their distance, with opposite signs. The terms are arranged so that such
                 # weights only meet small factors: with h = T(r) − T(0) + r/2 and c = ½ − Q(r),
@@ -479,7 +544,7 @@ class Program:
                 tail = 0.5 - turn
                 pairs.set(pairs.get() + w.where(tight, -(other * turn), other * tail))
                 pairs_next.set(w.where(tight, a * turn, -(a * tail)))
-                with w.when(apart):
+                with w.maybe(apart):
                     v = near[i]
                     ahead = w.maximum(following - v, 0.0) - w.maximum(u - v, 0.0)
                     first, second = trim[i], trim[i + 1]
@@ -487,18 +552,20 @@ class Program:
                         (second + first) * (second * second + first * first)
                     )
                     direct = level_before[i] * gap + size[i] * (ahead + eta * powers)
-                    same = tight & near[i + 1].equals(v)
+                    same = tight & near[i + 1].equals(v) & w.spread(apart)
                     fill.set(w.where(same, direct, fill.get()))
             filling[i] = fill.get()
             g[i * 2 - 2] = (excess.get() + lean.get()) * -2.0
-            close(i, u, under.get() + over.get(), pairs.get())
+            close(i, a, u, under.get() + over.get(), pairs.get())
             excess.set(drift.get() - fill.get())
             under.set(under_next.get())
             pairs.set(pairs_next.get())
             lean.set(lean_next.get())
             lean_next.set(lean_last.get())
+
+        w.each(1, m, advance)
         g[m * 2 - 2] = (excess.get() + lean.get()) * -2.0
-        close(m, place[m], under.get() + y[m * 2], pairs.get())
+        close(m, y[m * 2] - y[m * 2 - 2], place[m], under.get() + y[m * 2], pairs.get())
         last = scope.shared("total") - area[m]
         filling[m] = last
         drift_last = y[m * 2] * (1.0 - place[m]) - own * weight[m]
@@ -510,9 +577,12 @@ class Program:
             ridge, share = scope.shared("ridge"), scope.array("share")
             weight[0], weight[m + 1] = y[0], 0.0
             share[0], share[m + 1] = 1.0, 0.0
-            with w.range(0, m + 1) as k:
+
+            def hold_back(k: Index) -> None:
                 step_up, next_step = weight[k] * share[k], weight[k + 1] * share[k + 1]
                 g[k * 2] = g[k * 2] - ridge * (step_up - next_step) * 2.0
+
+            w.each(0, m + 1, hold_back)
         lane = scope.array("lane")
         seen = narrow & (lane[LIVE] > 0.5)
         lane[NARROW] = w.where(seen, w.real(1.0), 0.0)
@@ -525,10 +595,13 @@ class Program:
         eta, per_eta = scope.shared("eta"), scope.shared("per_eta")
         names = ("place", "weight", "misfit", "drift", "pull", "extra")
         place, weight, misfit, drift, pull, extra = map(scope.array, names)
-        with w.range(0, m + 2) as j:
+
+        def clear(j: Index) -> None:
             drift[j] = 0.0
             pull[j] = 0.0
             extra[j] = 0.0
+
+        w.each(0, m + 2, clear)
         with w.range(1, m) as i:
             a, u = weight[i], place[i]
             own_pull, own_misfit = w.variable(pull[i]), w.variable(extra[i])
@@ -547,13 +620,18 @@ class Program:
         with w.when(crossing):
             w.call(self.edges, w.arguments[0], w.arguments[1])
         low, high = eta * -0.5, 1.0 + eta * 0.5
-        with w.range(0, m + 1) as k:
+
+        def push(k: Index) -> None:
             g[k * 2] = g[k * 2] - (drift[k] - eta * (pull[k] - pull[k + 1])) * 2.0
-        with w.range(1, m + 1) as j:
+
+        def steer(j: Index) -> None:
             u = place[j]
             error = w.where((u > low) & (u < high), misfit[j] + extra[j], 0.0)
             misfit[j] = error
             g[j * 2 - 1] = (weight[j] * error) * 2.0
+
+        w.each(0, m + 1, push)
+        w.each(1, m + 1, steer)
 
     @staticmethod
     def _least(w: Writer, first: Index, second: Index) -> Index:
@@ -675,22 +753,21 @@ class Program:
         lane = scope.array("lane")
         rate = 1.0 / (lane[STEP_SIZE] * GAMMA)
         inertia, hold = lane[EPSILON] * rate, scope.array("hold")
-        with w.range(0, (scope.rows + bound * 2 + 2) * stride) as spot:
-            band[spot] = 0.0
+        w.each(0, (scope.rows + bound * 2 + 2) * stride, lambda spot: band.__setitem__(spot, 0.0))
         own = eta * _step.NEAR_MEAN[0]  # η T_ii
         # M and the ridge
         firm = inertia + scope.shared("ridge") * 2.0
         hold[0], hold[m + 1] = firm, 0.0
-        with w.range(1, m + 1) as j:
-            hold[j] = firm * share[j]
+        w.each(1, m + 1, lambda j: hold.__setitem__(j, firm * share[j]))
         reached = w.variable(w.real(0.0))  # beyond 1, by the transition of the neuron before
-        with w.range(0, m + 1) as k:
+
+        def diagonal(k: Index) -> None:
             # 2(u_{k+1} − u_k) − 2η (T_kk + T_{k+1,k+1} − 2T_{k,k+1}); the ends have one neuron
             gap = place[k + 1] - place[k]
-            sides = w.where(k.equals(0) | k.equals(m), w.number(1.0), w.number(2.0))
-            width = w.variable(gap - own * sides)
-            r = gap * per_eta
-            with w.when((k > 0) & (k < m) & w.any(r < 1.0)):
+            at_end = k.equals(0) | k.equals(m)
+            width = w.variable(gap - own * w.where(at_end, w.number(1.0), w.number(2.0)))
+            r = w.where(at_end, w.real(2.0), gap * per_eta)
+            with w.maybe(r < 1.0):
                 bend = _neighbour_terms(w, r)[0]
                 width.set(w.where(r < 1.0, (eta * bend) * 2.0, width.get()))
             beyond = w.where(
@@ -700,12 +777,14 @@ class Program:
                 hold[k] + hold[k + 1]
             )
             reached.set(beyond)
+
+        w.each(0, m + 1, diagonal)
         crossing = w.variable(w.real(0.0) > 1.0)
-        with w.range(1, m + 1) as j:
+
+        def neuron(j: Index) -> None:
             a, error, u = weight[j], misfit[j], place[j]
             crossing.set(crossing.get() | (u < eta * 0.5) | (u > 1.0 - eta * 0.5))
-            self._add(scope, j * 2, 2, -hold[j])
-            self._add(scope, j * 2, 2, own * 2.0)
+            self._add(scope, j * 2, 2, own * 2.0 - hold[j])
             self._add(scope, j * 2, 1, error * -2.0 - a)
             self._add(scope, j * 2 - 1, 1, error * 2.0 - a)
             t = w.maximum(0.5 - w.abs((u - near[j]) * per_eta), 0.0)
@@ -717,11 +796,13 @@ class Program:
                     slope.set(slope.get() + height[k] * (t * t))
             curvature = (a * slope.get()) * (per_eta * 24.0)
             self._add(scope, j * 2 - 1, 0, curvature + rate * count[j])
+
+        w.each(1, m + 1, neuron)
         with w.range(1, m) as i:
             a, u = weight[i], place[i]
             with w.range(i + 1, self._least(w, i + bound, m) + 1) as j:
                 r = (place[j] - u) * per_eta
-                with w.when(w.any(r < 1.0)):
+                with w.when(w.any(r < 1.0)), w.stores_last():
                     overlap, tail, density = pair(w, r, density=True)
                     other = weight[j]
                     # on the diagonal it is counted already
@@ -759,6 +840,30 @@ class Program:
         w, scope = self._function(f"factor_{bound}", (WHOLE,))
         width, stride = 2 * bound + 2, 2 * bound + 3
         band, inverse = scope.array("band"), scope.array("inverse")
+        if bound <= MOST_IN_REGISTERS:
+            # S(k + i, k + j), less what the columns before k take off
+            rest = [
+                [w.variable(band[i * stride + (i - j)]) for j in range(i + 1)]
+                for i in range(width + 1)
+            ]
+
+            def eliminate(k: Index) -> None:
+                column = [row[0].get() for row in rest]
+                d = 1.0 / column[0]
+                inverse[k] = d
+                after = k * stride + (width + 1) * stride
+                new = [band[after + (width - j)] for j in range(width + 1)]
+                for i in range(1, width + 1):
+                    ratio = Real(w, (column[i] * d).ir)
+                    band[k * stride + i * (stride + 1)] = ratio
+                    for j in range(1, i + 1):
+                        rest[i - 1][j - 1].set(rest[i][j].get() - ratio * column[j])
+                for j, value in enumerate(new):
+                    rest[width][j].set(value)
+
+            w.each(0, scope.rows, eliminate)
+            w.give()
+            return w
         with w.range(0, scope.rows) as k:
             place = k * stride
             d = 1.0 / band[place]
@@ -822,16 +927,20 @@ class Program:
             window[0].set(total)
             return total
 
-        with w.range(0, rows) as i:
+        def forward(i: Index) -> None:
             place = i * stride
-            x[i] = eliminate(x[i], lambda below, place=place: band[place + below])
-        for value in window:
-            value.set(w.real(0.0))
-        with w.range(rows - 1, -1, -1) as i:
+            x[i] = eliminate(x[i], lambda below: band[place + below])
+
+        def backward(i: Index) -> None:
             # rows beyond the last are zero
             total = Real(w, (x[i] * inverse[i]).ir)
             place = i * stride
-            x[i] = eliminate(total, lambda above, place=place: band[place + above * (stride + 1)])
+            x[i] = eliminate(total, lambda above: band[place + above * (stride + 1)])
+
+        w.each(0, rows, forward)
+        for value in window:
+            value.set(w.real(0.0))
+        w.each(rows - 1, -1, backward, step=-1)
         w.give()
         return w
 
@@ -980,9 +1089,12 @@ class Program:
         with w.repeat() as turn:
             further = count.get() + 1
             found = w.variable(w.real(0.0) > 1.0)
-            with w.range(1, m - further + 1) as i:
+
+            def compare(i: Index, further: Index = further, found: Variable = found) -> None:
                 close = place(i + further) - place(i) < eta * OVERLAP
                 found.set(found.get() | (close & live))
+
+            w.each(1, m - further + 1, compare)
             turn.stop_if(~w.any(found.get()))
             count.set(further)
             lane[OVERLAPS] = w.where(found.get(), w.to_real(further), lane[OVERLAPS])
@@ -999,8 +1111,7 @@ class Program:
         k = [stages.offset(rows * i) for i in range(STAGES)]
         lane[WILD] = 0.0
         share[0] = 1.0
-        with w.range(1, m + 1) as j:
-            count[j] = 1.0 / share[j]
+        w.each(1, m + 1, lambda j: count.__setitem__(j, 1.0 / share[j]))
         with w.repeat() as turn:
 
             def widen_if(narrow: Mask) -> None:
@@ -1024,8 +1135,8 @@ class Program:
                 widen_if(self._gradient_of(w, stage, k[i], bound.get()))
                 self._mix(w, scope, i)
                 w.call(self.solve, w.arguments[0], k[i].base, bound.get())
-            with w.range(0, rows) as row:
-                following[row] = stage[row] + k[STAGES - 1][row]
+            last = k[STAGES - 1]
+            w.each(0, rows, lambda row: following.__setitem__(row, stage[row] + last[row]))
             turn.stop_if(w.true)
         w.give(bound.get())
         return w
@@ -1044,12 +1155,14 @@ class Program:
                     origin = origin + k[j][row] * float(A[i, j])
             return origin
 
-        with w.range(0, scope.rows - 1, 2) as row:
+        def move(row: Index) -> None:
             stage[row] = moved(row, state[row])
             before = state[row + 1]
             place = moved(row + 1, before)
             stage[row + 1] = place
             wild.set(wild.get() | ~(w.abs(place - before) <= farthest))
+
+        w.each(0, scope.rows - 1, move, step=2)
         stage[scope.rows - 1] = moved(scope.rows - 1, state[scope.rows - 1])
         with w.when(w.any(wild.get())):
             lane[WILD] = w.where(wild.get(), w.real(1.0), 0.0)
@@ -1071,7 +1184,8 @@ class Program:
 
         last = w.variable(mixed(0))
         flux = w.variable(last.get() * share[0])
-        with w.range(0, scope.rows - 1, 2) as row:
+
+        def mix(row: Index) -> None:
             j = Index(w, w.builder.lshr(row.ir, ir.Constant(WHOLE, 1)))
             following = mixed(row + 2)
             ahead = (following - last.get()) * share[j + 1]
@@ -1079,6 +1193,8 @@ class Program:
             now[row + 1] = now[row + 1] + mixed(row + 1) * count[j + 1]
             flux.set(ahead)
             last.set(following)
+
+        w.each(0, scope.rows - 1, mix, step=2)
         final = scope.rows - 1
         now[final] = now[final] + epsilon * flux.get()
 
@@ -1094,13 +1210,16 @@ class Program:
         w, scope = self._function("densify")
         stages, dense, rows = scope.array("stages"), scope.array("dense"), scope.rows
         k = [stages.offset(rows * i) for i in range(STAGES)]
-        with w.range(0, rows) as row:
+
+        def bend(row: Index) -> None:
             loaded = [k[j][row] for j in range(STAGES)]
             for i in range(len(H)):
                 total = loaded[0] * float(H[i, 0])
                 for j in range(1, STAGES):
                     total = total + loaded[j] * float(H[i, j])
                 dense[rows * i + row] = total
+
+        w.each(0, rows, bend)
         w.give()
         return w
 
@@ -1142,10 +1261,9 @@ class Program:
         return w
 
     def _refill(self) -> Writer:
-        """refill(table, lane): take the next start from the queue, or come to rest."""
-        w, scope = self._function("refill", (WHOLE,))
-        lane = w.index(w.arguments[1])
-        turn = w.take_next(scope.array("queue"))
+        """refill(table, lane, turn): take the start whose turn it is, or come to rest."""
+        w, scope = self._function("refill", (WHOLE, WHOLE))
+        lane, turn = (w.index(argument) for argument in w.arguments[1:])
         starts, rows, m = scope.size("starts"), scope.rows, scope.m
         self._put(scope, "lane", LIVE, lane, 0.0)
         self._put(scope, "lane", TIME, lane, 0.0)
@@ -1199,7 +1317,8 @@ class Program:
 
         first = scaled(error[0], state[0], following[0])
         squares.set(first * first)
-        with w.range(1, m + 1) as j:
+
+        def measure(j: Index) -> None:
             now, last = j * 2, j * 2 - 2
             fast = (values[now] - values[last] for values in (error, state, following))
             size = scaled(*fast)
@@ -1208,13 +1327,17 @@ class Program:
             size = w.abs(scaled(error[position], state[position], following[position]))
             largest.set(w.maximum(size, largest.get()))
             sizes.set(sizes.get() + size)
+
+        w.each(1, m + 1, measure)
         count = w.splat(w.to_real(m + 1))
         mean = w.sqrt(squares.get() / count) * scope.shared("fast_share")
         total = w.maximum(mean, largest.get() * scope.shared("per_scale"))
         gap = (squares.get() - squares.get()) + (sizes.get() - sizes.get())
         finite = gap.equals(0.0) & (lane[WILD] < 0.5)
         good = finite & (total < 1.0)
-        factor = w.power(total, -0.2) * 0.9
+        # beyond these the factor is at its bounds
+        within = w.minimum(w.maximum(total, 1e-6), 1e4)
+        factor = w.inverse_root(within, 5) * 0.9
         factor = w.minimum(w.maximum(factor, 0.2), 10.0)
         factor = w.where(good, factor, w.minimum(factor, 1.0))
         lane[FACTOR] = w.where(finite, factor, 0.2)
@@ -1252,7 +1375,9 @@ class Program:
         records, tau = scope.array("record"), scope.array("tau")
         end = scope.shared("end")
         with w.range(0, self.lanes) as each:
-            w.call(self.refill, table, each)
+            # the threads of a GPU begin in their order, so that those of a warp are alike
+            first = w.thread() if w.target.cuda else w.take_next(scope.array("queue"))
+            w.call(self.refill, table, each, first)
         with w.repeat() as turn:
             live = lane[LIVE] > 0.5
             turn.stop_if(~w.any(live))
@@ -1302,8 +1427,11 @@ class Program:
                             )
                             w.call(self.record, table, each, theta)
             accepted = (lane[ACCEPTED] > 0.5) & (lane[LIVE] > 0.5)
-            with w.range(0, scope.rows) as row:
+
+            def keep(row: Index, accepted: Mask = accepted) -> None:
                 state[row] = w.where(accepted, following[row], state[row])
+
+            w.each(0, scope.rows, keep)
             self._sort(w, scope)
             lane[TIME] = w.where(accepted, lane[NEXT_TIME], lane[TIME])
             live = lane[LIVE] > 0.5
@@ -1338,7 +1466,7 @@ class Program:
         scope.array("bandwidth")[start] = scope.array("widest")[each]
         scope.array("record_count")[start] = scope.array("record")[each]
         scope.array("reached")[start] = self._get(scope, "lane", TIME, each)
-        w.call(self.refill, w.arguments[0], each)
+        w.call(self.refill, w.arguments[0], each, w.take_next(scope.array("queue")))
 
     # --- before and after ---
 

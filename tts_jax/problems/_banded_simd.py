@@ -1,46 +1,20 @@
-"""The banded engine on CPUs: starts in SIMD lanes, compiled by LLVM, spread over threads."""
+"""The banded engine: starts in SIMD lanes of CPUs or the threads of a GPU, compiled by LLVM."""
 
-import ctypes
-import functools
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
 from tts_jax import _compat
-from tts_jax._simd import in_threads
-from tts_jax._simd.memory import aligned
+from tts_jax._simd import cuda
 from tts_jax._trajectory import Status
+from tts_jax.problems import _banded_machine
 
 
-FEW = 4  # up to this many starts per thread, the vectors are narrower
-MANY = 300  # with more neurons, wide vectors do not fit the cache
 WIDEST = 200  # neighbours that may overlap: for more, dense matrices are no slower
 TOO_WIDE = 100  # status, inside, of a start where more do
 RIDGE = 4.0  # of the reduced flow, in ulp of the trace of the Gram matrix, about
 MEMORY = 1 << 26  # bytes of records that are held at a time, about
-
-
-@functools.cache
-def _entries(lanes: int) -> tuple[Any, dict[str, Any]]:
-    """The compiled engine and its entry points, for vectors of `lanes`."""
-    import llvmlite.binding as llvm
-    from llvmlite import ir
-
-    from tts_jax._simd.machine import compiled
-    from tts_jax.problems._banded_program import Program
-
-    module = ir.Module("banded")
-    module.triple = llvm.get_process_triple()
-    Program(module, lanes)
-    engine = compiled(str(module))
-    kinds = {"advance": 1, "settle": 3, "finish": 3}
-    entries = {
-        name: ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * (count - 1))(
-            engine.get_function_address(name)
-        )
-        for name, count in kinds.items()
-    }
-    return engine, entries
 
 
 def _visits(places: np.ndarray, eta: float) -> np.ndarray:
@@ -61,45 +35,6 @@ def _visits(places: np.ndarray, eta: float) -> np.ndarray:
     return np.lexsort((*close.T[::-1], at_end, -band))
 
 
-@functools.lru_cache(maxsize=64)
-def _layout(lanes: int, neurons: int, stride: int) -> tuple[int, list[int]]:
-    """Where the vectors of a thread begin, in numbers of one block, and the block's length."""
-    from tts_jax.problems._banded_program import VECTORS
-
-    sizes = {"m": neurons, "n": 2 * neurons + 1, "b": stride}
-    counts = [eval(formula, {}, sizes) for formula in VECTORS.values()]
-    *starts, length = np.cumsum([0, *counts]) * lanes
-    return int(length), [int(start) for start in starts]
-
-
-class _Work:
-    """The memory of one thread, and the table of where everything is."""
-
-    def __init__(
-        self, lanes: int, neurons: int, stride: int, shared: dict[str, np.ndarray]
-    ) -> None:
-        from tts_jax.problems._banded_program import LANE_INDICES, SHARED, SLOTS
-
-        length, starts = _layout(lanes, neurons, stride)
-        vectors = aligned((length,), np.dtype(float))
-        indices = np.zeros((len(LANE_INDICES), lanes), np.int64)
-        first, row = vectors.ctypes.data, indices.ctypes.data
-        self.arrays = {**shared, "vectors": vectors, "indices": indices}
-        self.slots = SLOTS
-        addresses = [
-            *(first + 8 * start for start in starts),
-            *(row + 8 * lanes * k for k in range(len(LANE_INDICES))),
-            *(shared[name].ctypes.data for name in SHARED),
-        ]
-        self.table = np.array(addresses, np.int64)
-        self.address = self.table.ctypes.data
-
-    def point(self, name: str, array: np.ndarray) -> None:
-        """Have a name stand for another array."""
-        self.arrays[name] = array
-        self.table[self.slots[name]] = array.ctypes.data
-
-
 def solve(
     problem: Any,
     fast: np.ndarray,
@@ -112,6 +47,7 @@ def solve(
     max_steps: int,
     lanes: int | None = None,
     threads: int | None = None,
+    on_gpu: bool = False,
 ) -> dict[str, Any]:
     """Solve the flow from starts `[starts, m+1]`, `[starts, m]` with ε `[starts]`.
 
@@ -119,7 +55,8 @@ def solve(
     for ever, so they are one neuron with a count: rounding cannot part them.
 
     Returns:
-        Fast and slow variable, loss and status as `flow` answers them, with `[starts]` in front,
+        Fast and slow variable, loss and status as `flow` answers them, with `[starts]` in front
+        (the first three of a GPU's work are JAX's arrays, where all is well),
         and the statistics steps, accepted, rejected, bandwidth, reached and dense: whether more
         neighbours overlapped than the band has room for, so that the start is not solved.
     """
@@ -135,7 +72,12 @@ def solve(
     groups = np.cumsum(new, axis=1) - 1
     sizes = groups[:, -1] + 1
     setting: dict[str, Any] = dict(
-        rtol=rtol, atol=atol, max_steps=max_steps, lanes=lanes, threads=threads
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        lanes=lanes,
+        threads=threads or _compat.cores(),
+        on_gpu=on_gpu,
     )
     if np.all(new):
         given = [fast[:, :1], weights, places, np.ones((total, m)), order, epsilon]
@@ -152,6 +94,7 @@ def solve(
             labels = np.tile(np.arange(size), (which.size, 1))
             given = [fast[which, :1], joint, joined, count, labels, epsilon[which]]
             part = _solve_groups(problem, given, tau, **setting)
+            part = {name: np.asarray(value) for name, value in part.items()}
             # from groups in the order of their places to the neurons of the caller
             member = np.empty((which.size, m), int)
             np.put_along_axis(member, order[which], groups[which], 1)
@@ -172,13 +115,14 @@ def solve(
     return {**answer, "stats": stats}
 
 
-def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
-    """The answer before anything is computed."""
+def _blank(starts: int, times: int, neurons: int, *, on_gpu: bool = False) -> dict[str, Any]:
+    """Room for the answer; records on the host hold anything."""
+    room = cuda.Room if on_gpu else np.empty
     return {
-        "fast": np.full((starts, times, neurons + 1), np.nan),
-        "slow": np.full((starts, times, neurons), np.nan),
-        "loss": np.full((starts, times), np.nan),
-        "condition": np.full((starts, times), np.nan),
+        "fast": room((starts, times, neurons + 1)),
+        "slow": room((starts, times, neurons)),
+        "loss": room((starts, times)),
+        "condition": np.empty((starts, times)),
         "status": np.full(starts, int(Status.SOLVER_FAILED), np.int64),
         "steps": np.zeros(starts, np.int64),
         "accepted": np.zeros(starts, np.int64),
@@ -188,8 +132,8 @@ def _blank(starts: int, times: int, neurons: int) -> dict[str, np.ndarray]:
 
 
 def _solve_groups(
-    problem: Any, given: list[np.ndarray], tau: np.ndarray, *, threads: int | None, **setting: Any
-) -> dict[str, np.ndarray]:
+    problem: Any, given: list[np.ndarray], tau: np.ndarray, *, on_gpu: bool, **setting: Any
+) -> dict[str, Any]:
     """Solve starts with one number of groups, some thousand at a time.
 
     Args:
@@ -200,39 +144,54 @@ def _solve_groups(
         The answer, whose axis of neurons follows the labels.
     """
     starts, groups = given[1].shape
-    answer = _blank(starts, tau.size, groups)
-    chunk = max(4096, MEMORY // (8 * tau.size * (3 * groups + 1)))
+    answer = _blank(starts, tau.size, groups, on_gpu=on_gpu)
+    memory = _banded_machine.record_memory() if on_gpu else MEMORY
+    chunk = max(4096, memory // (8 * tau.size * (5 * groups + 4)))
+
+    def solve_some(which: Any, part: dict[str, Any], on_gpu: bool) -> None:
+        own = [np.ascontiguousarray(x[which], float) for x in given]
+        _solve_chunk(problem, own, tau, part, on_gpu=on_gpu, **setting)
+
     for begin in range(0, starts, chunk):
         cut = slice(begin, begin + chunk)
-        part = {name: value[cut] for name, value in answer.items()}
-        some = [np.ascontiguousarray(x[cut], float) for x in given]
-        _solve_chunk(problem, some, tau, part, threads=threads or _compat.cores(), **setting)
+        solve_some(cut, {name: value[cut] for name, value in answer.items()}, on_gpu)
+    answer = {
+        name: value.array if isinstance(value, cuda.Room) else value
+        for name, value in answer.items()
+    }
+    beyond = np.flatnonzero(answer["status"] == TOO_WIDE)
+    if on_gpu and beyond.size:  # a thread of the GPU has less room
+        answer = {name: np.array(value) for name, value in answer.items()}
+        part = _blank(beyond.size, tau.size, groups)
+        solve_some(beyond, part, False)
+        for name, value in part.items():
+            answer[name][beyond] = value
     return answer
+
+
+def _widest(neurons: int, on_gpu: bool) -> int:
+    """A band of this many neighbours or more is refused; one of one at least has room."""
+    return min(max(neurons, 2), _banded_machine.WIDEST_CUDA if on_gpu else WIDEST)
 
 
 def _solve_chunk(
     problem: Any,
     given: list[np.ndarray],
     tau: np.ndarray,
-    answer: dict[str, np.ndarray],
+    answer: dict[str, Any],
     *,
     rtol: float,
     atol: float,
     max_steps: int,
     lanes: int | None,
     threads: int,
+    on_gpu: bool,
 ) -> None:
     """Solve starts, given as in `_solve_groups`, into `answer`."""
-    from tts_jax._simd.machine import vector_lanes
     from tts_jax.problems._banded_program import NUMBERS, SIZES
 
     bias, weights, places, count, labels, epsilon = given
     starts, m = places.shape
-    threads = min(threads, starts)
-    if lanes is None:
-        widest = vector_lanes(np.dtype(float))
-        lanes = 4 if starts <= FEW * threads or m > MANY else max(widest, 4)
-    entries = _entries(lanes)[1]
     times, rows, reduced = tau.size, 2 * m + 1, not np.any(epsilon)
     start = np.empty((starts, rows))
     start[:, 1::2] = places
@@ -259,8 +218,8 @@ def _solve_chunk(
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,
     }
-    # a band of this many neighbours or more is refused, and a wider one has room for one at least
-    widest = min(max(m, 2), WIDEST)
+    widest = _widest(m, on_gpu)
+    stride = 2 * widest + 3
     sizes = {
         "neurons": m,
         "jumps": jumps.size,
@@ -270,6 +229,7 @@ def _solve_chunk(
         "reduced": int(reduced),
         "widest_band": widest,
         "too_wide": TOO_WIDE,
+        "length": _banded_machine.layout(1, m, stride)[0],
         # then a neuron meets one jump at a time
         "apart": int(jumps.size > 0 and np.all(np.diff(jumps) > 1.01 * eta)),
     }
@@ -307,27 +267,26 @@ def _solve_chunk(
         "bandwidth": answer["bandwidth"],
         "record_count": recorded,
         "reached": answer["reached"],
-        "which": np.arange(starts),
+        "which": np.empty(starts * times, np.int64),
         "visits": _visits(places, eta),
     }
-    works = [_Work(lanes, m, 2 * widest + 3, shared) for _ in range(threads)]
-
-    def split(entry: str, which: np.ndarray) -> None:
-        """Spread a list of states over the threads."""
-        groups = -(-which.size // lanes)
-        edges = [lanes * (groups * k // threads) for k in range(threads)] + [which.size]
-        for work in works:
-            work.point("which", which)
-        in_threads(
-            [
-                functools.partial(entries[entry], work.address, low, high)
-                for work, low, high in zip(works, edges, edges[1:], strict=False)
-                if low < high
-            ]
+    with ExitStack() as held:
+        if on_gpu:
+            machine = held.enter_context(_banded_machine.grid(starts, m, stride, shared))
+        else:
+            machine = _banded_machine.Threads(
+                starts, m, stride, shared, lanes=lanes, threads=threads
+            )
+        if reduced:
+            machine.run("settle", np.arange(starts))
+        machine.run("advance")
+        machine.fetch(
+            "record_count", "status", "step_count", "accept_count", "bandwidth", "reached"
         )
-
-    if reduced:
-        split("settle", np.arange(starts))
-    in_threads([functools.partial(entries["advance"], work.address) for work in works])
-    written = np.arange(times) < recorded[:, None]
-    split("finish", np.flatnonzero(written))
+        written = np.arange(times) < recorded[:, None]
+        machine.run("finish", np.flatnonzero(written))
+        machine.fetch("loss", "fast", "slow", *["condition"] * reduced)
+    if not np.all(written):
+        for name in ("loss", "fast", "slow", "condition"):
+            if isinstance(answer[name], np.ndarray):
+                answer[name][~written] = np.nan

@@ -158,7 +158,7 @@ class Univariate(AbstractProblem):
     @property
     def flow_engines(self) -> tuple[str, ...]:
         """The engines on banded stages, for the cubic step onto a piecewise-constant target."""
-        return ("simd", "loop") if self._of_paper else ()
+        return ("cuda", "simd", "loop") if self._of_paper else ()
 
     @property
     def lane_rows(self) -> bool:
@@ -358,7 +358,7 @@ class Univariate(AbstractProblem):
             from tts_jax.problems import _banded_loop  # slow to import
 
             return _banded_loop.solve(self, state, epsilon, tau, **setting)
-        return _banded_simd.solve(self, *state, epsilon, tau, **setting)
+        return _banded_simd.solve(self, *state, epsilon, tau, **setting, on_gpu=engine == "cuda")
 
     def slow_scale(self) -> Float[ArrayLike, ""]:
         # a few widths: below it, position errors are seen by the steps of near neighbours
