@@ -7,7 +7,7 @@ OUT ?= results
 NOTEBOOKS ?= notebooks
 SITE ?= site
 
-.PHONY: reproduce gallery test test-slow lint types docs notebooks benchmark clean
+.PHONY: reproduce gallery test test-slow test-gpu lint types docs notebooks benchmark clean
 
 # A virtual environment with the pinned versions; rebuilt when the pins change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,10 +26,14 @@ gallery: $(VENV)/.installed
 
 # A file stays with one worker: what it has compiled serves all its tests.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+# Needs JAX for CUDA in $(VENV); the workers share the GPU's memory.
+test-gpu: $(VENV)/.installed
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 4 -m gpu tests/test_gpu.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Independent references in high precision, for the tests: no code is shared with the package."""
+"""Independent references for the tests: no code is shared with the package."""
 
 import mpmath
 import numpy as np
@@ -101,3 +101,18 @@ def hitting_time(near, far, height):
         points = [mpf(0), cut, near] if 0 < cut < near else [mpf(0), near]
         integral = mpmath.quad(lambda x: (1 + x / mp.cbrt(x**3 + c)) ** 2, points)
         return integral / height**2
+
+
+def numpy_sgd(positions, x, noise, *, jumps, values, epsilon, step_size, eta, gradient="exact"):
+    """SGD of one seed in NumPy, float64: the published loop with either estimator."""
+    weights, positions = np.zeros(len(positions) + 1), np.array(positions)
+    for point, error in zip(x, noise, strict=True):
+        z = (point - positions) / eta
+        tail = 4 * np.maximum(0.5 - np.abs(z), 0) ** 3
+        features = np.concatenate([[1.0], np.where(z > 0, 1 - tail, tail)])
+        label = np.asarray(values)[np.searchsorted(jumps, point, side="right")] + error
+        double = 2 * (features @ weights - label)
+        bump = 12 * np.maximum(0.5 - np.abs(z), 0) ** 2 if gradient == "exact" else abs(z) <= 0.5
+        moved = positions + epsilon * step_size * double * weights[1:] * bump / eta
+        weights, positions = weights - step_size * double * features, moved
+    return weights, positions

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import varpro
+from benchmarks import gpu, varpro
 from benchmarks.peers import CPU_PEERS, Peer, peers_for
 from benchmarks.peers.engine import EngineRun
 from benchmarks.setting import JUMPS, VALUES, Setting
@@ -198,6 +198,25 @@ def test_a_gpu_peer_is_refused_without_a_gpu():
     assert "not on gpu" in refused["skipped"]
     assert measured["skipped"] is None
     assert measured["ns"]
+
+
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    effort = measure.Effort(rounds=2, seconds=0.02, timeout=120.0, calls=1, together=True)
+    monkeypatch.setattr(gpu, "EFFORT", effort)
+    peers = ["--backend", "cpu", "--peers", "gpu-kernel", "gpu-loop", "gpu-jax-scan"]
+    cells = ["--seeds", "64", "--dtypes", "float32", "--out", str(tmp_path)]
+    assert gpu.main([*peers, *cells]) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["sections"]["sgd"]
+    timed = {row["peer"]: row for row in rows if row.get("seeds") == 64}
+    assert "for GPUs" in timed["gpu-kernel"]["skipped"]
+    assert len(timed["gpu-loop"]["ns"]) == len(timed["gpu-jax-scan"]["ns"]) == 2
+    text = capsys.readouterr().out
+    assert text.strip() == (tmp_path / "gpu.md").read_text().strip()
+    assert "(1×)" in text
+    assert "all comparable" in text
+    # no time left
+    assert gpu.main([*peers, *cells, "--seconds", "0"]) == 0
+    assert "(1×)" not in capsys.readouterr().out
 
 
 # --- numbers, report, gate --------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 from jax.extend.mlir import ir
 
 import tts_jax as tts
-from tts_jax import _kernel, _lanes, _random
+from tts_jax import _kernel, _lanes, _random, _sgd
 
 
 # JAX 0.10 has no public name for it
@@ -289,6 +289,23 @@ def test_chooses_the_fastest_engine():
 def test_groups_of_the_kernel_are_as_wide_as_a_warpgroup(simulated):
     with simulated():
         assert lane_run("kernel", seeds=200).layout == "2 x 128 on 1"
+
+
+def test_losses_are_computed_side_by_side_on_a_gpu(monkeypatch):
+    """As many as on a GPU, on a CPU: the same losses, whoever else is there."""
+    problem = paper(4)
+    slow = np.sort(np.random.default_rng(5).random((7, 3, 4)))
+    fast = np.random.default_rng(6).standard_normal((7, 3, 5))
+    alone = _sgd.population_loss(problem, fast, slow)
+    program = _sgd._loss_program
+
+    def together(mesh, static, at_once):
+        assert at_once == 1
+        return program(mesh, static, 4)
+
+    monkeypatch.setattr(_sgd, "_loss_program", together)
+    found = _sgd.population_loss(problem, fast, slow)
+    np.testing.assert_allclose(found, alone, rtol=1e-13)
 
 
 def test_sgd_refuses_an_engine_that_cannot_run():

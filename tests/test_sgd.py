@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import JUMPS, VALUES
+from reference import numpy_sgd
 
 import tts_jax as tts
 from tts_jax import _lanes, _random, _sgd
 from tts_jax._problem import AbstractProblem, State
 
 
-JUMPS = [0.2, 0.35, 0.5, 0.65, 0.8]
-VALUES = [1.0, 5.0, 1.0, 3.0, 1.0, 5.0]
+TARGET = {"jumps": JUMPS, "values": VALUES}
 
 
 def paper(neurons=20, noise=1.0, eta=4e-3, kind=None):
@@ -122,21 +123,6 @@ def test_at_equal_rates_rounding_errors_grow_until_runs_part_ways(published):
     assert apart[1] >= 1e-6
 
 
-def numpy_sgd(positions, x, noise, *, epsilon, step_size, eta, gradient):
-    """Plain NumPy, one seed: the published loop with either estimator."""
-    weights, positions = np.zeros(len(positions) + 1), np.array(positions)
-    for point, error in zip(x, noise, strict=True):
-        z = (point - positions) / eta
-        tail = 4 * np.maximum(0.5 - np.abs(z), 0) ** 3
-        features = np.concatenate([[1.0], np.where(z > 0, 1 - tail, tail)])
-        label = np.asarray(VALUES)[np.searchsorted(JUMPS, point, side="right")] + error
-        double = 2 * (features @ weights - label)
-        bump = 12 * np.maximum(0.5 - np.abs(z), 0) ** 2 if gradient == "exact" else abs(z) <= 0.5
-        moved = positions + epsilon * step_size * double * weights[1:] * bump / eta
-        weights, positions = weights - step_size * double * features, moved
-    return weights, positions
-
-
 @pytest.mark.parametrize("gradient", ["exact", "box"])
 @pytest.mark.parametrize("kind", [tts.Univariate, Plain])
 def test_replays_own_streams_of_each_seed(gradient, kind):
@@ -156,7 +142,7 @@ def test_replays_own_streams_of_each_seed(gradient, kind):
     )
     for seed in range(3):
         weights, positions = numpy_sgd(
-            starts[seed], x[seed], noise[seed], eta=0.05, gradient=gradient, **rates
+            starts[seed], x[seed], noise[seed], eta=0.05, gradient=gradient, **rates, **TARGET
         )
         np.testing.assert_allclose(answer.fast[seed, 0], weights, rtol=0, atol=1e-12)
         np.testing.assert_allclose(answer.slow[seed, 0], positions, rtol=0, atol=1e-12)
@@ -360,8 +346,8 @@ def test_step_numbers_beyond_32_bits(engine):
         *[problem.sample(key=key, step=step) for step in range(2**32 - 7, 2**32 + 13)],
         strict=True,
     )
-    rates = {"epsilon": 1e-2, "step_size": 1e-2, "eta": 4e-3, "gradient": "exact"}
-    weights, _ = numpy_sgd(state.slow[0], np.array(x), np.array(noise), **rates)
+    rates = {"epsilon": 1e-2, "step_size": 1e-2, "eta": 4e-3}
+    weights, _ = numpy_sgd(state.slow[0], np.array(x), np.array(noise), **rates, **TARGET)
     np.testing.assert_allclose(run.read().fast[0], weights, rtol=0, atol=1e-13)
 
 

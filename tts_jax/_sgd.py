@@ -40,7 +40,8 @@ from tts_jax.regime import AbstractRegime, Eliminated, Joint, regime_of
 _CALL_SECONDS = 0.5  # aimed duration of one compiled call: Ctrl-C and the progress bar wait for it
 _FIRST_CALL = 512  # steps of the first call, before their speed is known
 _MOST_STEPS = 1 << 30  # steps of one call at most
-_LOSS_BATCH = 4096  # states whose population loss is computed together
+_LOSS_BATCH = 4096  # states whose population loss is computed in one call
+_LOSSES_AT_ONCE = 256  # of them side by side on a device that is no CPU
 
 
 def sgd(
@@ -666,8 +667,9 @@ def population_loss(
 def _losses(family: _Family, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray]) -> np.ndarray:
     """The loss of each seed's problem at `[seeds, T]` states in float64.
 
-    One state after the other on every device: a branch of the loss then costs only where it is
-    taken, while `vmap` would take both, and the value of a state does not depend on the others.
+    On CPUs one state after the other: a branch of the loss then costs only where it is taken,
+    while `vmap` would take both. Elsewhere many at a time, always as many. Either way the value of
+    a state does not depend on the others.
     """
     shape = jax.tree.leaves(fast)[0].shape[:2]
     if family.own:
@@ -680,11 +682,12 @@ def _losses(family: _Family, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray])
     flat = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), (fast, slow))
     devices = jax.local_devices()
     mesh = _compat.lane_mesh(devices)
+    at_once = 1 if devices[0].platform == "cpu" else _LOSSES_AT_ONCE
     batch = min(_LOSS_BATCH, 1 << (total - 1).bit_length())
-    batch = -(-batch // mesh.size) * mesh.size
+    batch = -(-batch // (at_once * mesh.size)) * at_once * mesh.size
     with wide():
         numbers, static = family.numbers(np.float64)
-        program = _loss_program(mesh, static)
+        program = _loss_program(mesh, static, at_once)
         values = []
         for begin in range(0, total, batch):
             rows = np.minimum(np.arange(begin, begin + batch), total - 1)
@@ -694,10 +697,12 @@ def _losses(family: _Family, fast: PyTree[np.ndarray], slow: PyTree[np.ndarray])
 
 
 @functools.lru_cache(maxsize=32)
-def _loss_program(mesh: Mesh, static: AbstractProblem) -> Any:
+def _loss_program(mesh: Mesh, static: AbstractProblem, at_once: int) -> Any:
     def losses(numbers: Any, states: PyTree[Array]) -> Array:
         problem = eqx.combine(numbers, static)
-        return lax.map(lambda state: problem.loss(*state), states)
+        # a batch of one would be a `vmap` too
+        batch_size = at_once if at_once > 1 else None
+        return lax.map(lambda state: problem.loss(*state), states, batch_size=batch_size)
 
     return jax.jit(_compat.over_devices(losses, mesh, (False, True)))
 

@@ -46,8 +46,12 @@ class Peer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of its process: JAX sees the backend that is measured."""
-        return {**self.variables, **({"JAX_PLATFORMS": "cpu"} if self.backend == "cpu" else {})}
+        """Environment variables of its process: JAX sees the backend that is measured.
+
+        On a GPU it takes the memory that it needs, because the processes of a cell share it.
+        """
+        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        return {**self.variables, **({"JAX_PLATFORMS": "cpu"} if self.backend == "cpu" else own)}
 
 
 REFERENCE = "engine"  # times are given as multiples of this peer's
@@ -116,6 +120,13 @@ GPU_PEERS = (
         own=True,
     ),
     Peer("gpu-jax-scan", "JAX on the GPU, vmap of a lax.scan", _SCAN, backend="gpu"),
+    Peer(
+        "gpu-torch-compile",
+        "PyTorch on the GPU, torch.compile",
+        _TORCH,
+        {"device": "cuda", "compiled": True},
+        backend="gpu",
+    ),
     Peer("gpu-torch", "PyTorch on the GPU, eager", _TORCH, {"device": "cuda"}, backend="gpu"),
 )
 

@@ -4,6 +4,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 from typing import Any
 
 
@@ -37,6 +39,13 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def devices() -> list[str]:
+    """JAX's devices, asked in another process: this one stays off the GPU."""
+    code = "import jax; print(*sorted({d.device_kind for d in jax.local_devices()}), sep='\\n')"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return asked.stdout.strip().splitlines()
 
 
 def describe(backend: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,12 +36,15 @@ class Effort:
         seconds: seconds of one peer in a round.
         calls: calls of one peer in a round, of which the fastest counts.
         timeout: seconds that a peer may take for one answer.
+        together: build all peers of a cell at the same time, where cores are many and the time is
+            not; the seconds of compilation are then those of company.
     """
 
     rounds: int
     seconds: float
     timeout: float
     calls: int = 3
+    together: bool = False
 
 
 FULL = Effort(rounds=5, seconds=0.5, timeout=300.0)
@@ -91,6 +95,12 @@ class Pool:
             self.devices[peer.name] = hello["devices"]
         return session.ask(op, timeout=timeout or self.effort.timeout, **arguments)
 
+    def each(self, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call `function` with each of the `arguments`, of a peer each; `together` at once."""
+        threads = len(arguments) if self.effort.together else 1
+        with ThreadPoolExecutor(max(threads, 1)) as executor:
+            list(executor.map(lambda some: function(*some), arguments))
+
     @contextmanager
     def at(self, effort: Effort) -> Iterator[None]:
         """Another effort for a while."""
@@ -136,7 +146,7 @@ def time_cell(
 
     `after` may ask a peer that has been timed for more.
     """
-    rows, running = [], []
+    rows, built = [], []
     for peer in peers:
         own = setting
         if setting.divisible:
@@ -147,10 +157,20 @@ def time_cell(
         if own.seeds > peer.most_seeds:
             row["skipped"] = f"a step of {setting.seeds} seeds takes too long"
             continue
+        built.append((peer, row, own))
+
+    def build(peer: Peer, row: Row, own: Setting | FlowSetting) -> None:
         with noting(row):
             row.update(processes.ask(peer, "build", setting=dataclasses.asdict(own)))
             row["ns"] = []
-            running.append((peer, row))
+
+    processes.each(build, built)
+    running = [(peer, row) for peer, row, _ in built]
+    if processes.effort.together:  # how long a step takes alone is not known yet
+        for peer, row in running:
+            if row["skipped"] is None:
+                with noting(row):
+                    processes.ask(peer, "time", seconds=0.05, calls=1)
     for turn in range(processes.effort.rounds):
         running = [(peer, row) for peer, row in running if row["skipped"] is None]
         if turn:
@@ -224,22 +244,32 @@ def _setting(seeds: int, dtype: str, neurons: int = 20) -> Setting:
 # --- equal work, memory, commands -------------------------------------------------------------
 
 
-def check(processes: Pool, peers: list[Peer], quick: bool) -> list[Row]:
-    """Whether every peer does the work of the reference, in both dtypes."""
+def check(
+    processes: Pool,
+    peers: list[Peer],
+    quick: bool,
+    *,
+    dtypes: Sequence[str] = ("float32", "float64"),
+) -> list[Row]:
+    """Whether every peer does the work of the reference."""
     del quick
     rows = []
-    for dtype in ("float32", "float64"):
-        reference = None
-        for peer in peers:
-            row: Row = {"peer": peer.name, "dtype": dtype, "skipped": None}
-            rows.append(row)
+    for dtype in dtypes:
+        ensembles: dict[str, equal_work.Ensemble] = {}
+
+        def run(peer: Peer, row: Row, found: dict[str, equal_work.Ensemble] = ensembles) -> None:
             with noting(row):
-                ensemble = _final_ensemble(processes, peer, dtype)
-                if peer.name == REFERENCE:
-                    reference = ensemble
-                if reference is None:
-                    raise PeerError(f"there is no `{REFERENCE}` to compare with")
-                row.update(equal_work.compare(reference, ensemble))
+                found[peer.name] = _final_ensemble(processes, peer, row["dtype"])
+
+        cell = [(peer, {"peer": peer.name, "dtype": dtype, "skipped": None}) for peer in peers]
+        processes.each(run, cell)
+        for peer, row in cell:
+            rows.append(row)
+            if row["skipped"] is None:
+                with noting(row):
+                    if REFERENCE not in ensembles:
+                        raise PeerError(f"there is no `{REFERENCE}` to compare with")
+                    row.update(equal_work.compare(ensembles[REFERENCE], ensembles[peer.name]))
     return rows
 
 
