@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import CPU_PEERS, GPU_PEERS, REFERENCE
-from benchmarks.setting import Setting
+from benchmarks.setting import JUMPS, VALUES, FlowSetting, Setting
 from benchmarks.suite import machine, measure, report
 from benchmarks.suite.measure import Row
 from benchmarks.suite.metrics import cells
@@ -103,7 +103,94 @@ def sgd_markdown(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS = {"sgd": Section(measure_sgd, sgd_markdown)}
+# --- flow ---------------------------------------------------------------------------------------
+
+ENGINES = ("cuda", "simd")  # the program on the GPU, and on the CPU beside it
+
+
+def flow_cells(quick: bool) -> list[tuple[str, FlowSetting]]:
+    """The method and the batch of starts of every cell."""
+    cells = [("flow", FlowSetting(starts, 1e-6)) for starts in (1024, 16384, 65536, 262144)]
+    cells.insert(3, ("flow", FlowSetting(65536, 1e-6, records=1)))
+    cells += [("flow", FlowSetting(65536, 1e-8)), ("limit", FlowSetting(65536, 1e-6))]
+    cells.append(("flow", FlowSetting(8192, 1e-6, neurons=100, records=1)))
+    if quick:
+        return [(name, dataclasses.replace(cell, seeds=cell.seeds // 256)) for name, cell in cells]
+    return cells
+
+
+def measure_flow(given: argparse.Namespace) -> Iterator[list[Row]]:
+    """Seconds of `flow` and `limit` from call to answer; and whether both have the same bits."""
+    import jax
+
+    import tts_jax as tts
+
+    engines = [name for name in ENGINES if given.backend == "gpu" or name != "cuda"]
+    target = tts.PiecewiseConstant(JUMPS, VALUES)
+    for name, cell in flow_cells(given.backend == "cpu"):
+        if time.monotonic() > given.deadline:
+            _note(f"flow: no time left for {cell}")
+            continue
+        _note(f"flow: {cell.seeds} starts, {cell.neurons} neurons, {cell.records} times")
+        problem = tts.Univariate(target, neurons=cell.neurons, eta=cell.eta)
+        state = problem.state(slow=cell.starts())
+        tau = np.linspace(0.0, cell.end, cell.records) if cell.records > 1 else [cell.end]
+        options: dict[str, Any] = {"tau": tau, "rtol": cell.tolerance, "atol": cell.tolerance}
+        options |= {"epsilon": cell.epsilon} if name == "flow" else {}
+        seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+        answers = {}
+        for turn in range(3):
+            if turn > 1 and sum(seconds[engines[0]]) > 2.5:
+                break
+            for engine in engines:
+                start = time.perf_counter()
+                answer = getattr(tts, name)(problem, state, engine=engine, **options)
+                jax.block_until_ready(answer.slow)
+                seconds[engine].append(time.perf_counter() - start)
+                answers[engine] = answer
+        one = answers[engines[0]]
+        row = {
+            "method": name,
+            "steps": float(np.mean(one.stats["steps"])),
+            "failed": int(np.sum(~np.asarray(one.success))),
+            "same": all(
+                np.array_equal(np.asarray(one.slow), np.asarray(answer.slow), equal_nan=True)
+                for answer in answers.values()
+            ),
+        }
+        columns = ("seeds", "tolerance", "neurons", "records")
+        row |= {column: getattr(cell, column) for column in columns}
+        yield [
+            {**row, "peer": engine, "first_call": first, "seconds": times}  # the first compiles
+            for engine, (first, *times) in seconds.items()
+        ]
+
+
+def flow_markdown(rows: list[Row]) -> str:
+    """Solves per second."""
+    header = ["", "starts", "neurons", "times", "tolerance", "steps", "failed", "same bits"]
+    header += [f'solves per second, `"{name}"`' for name in dict.fromkeys(r["peer"] for r in rows)]
+    merged: dict[tuple[Any, ...], list[str]] = {}
+    columns = ("seeds", "neurons", "records", "tolerance")
+    for row in rows:
+        cell = (row["method"], *(row[column] for column in columns))
+        told = [row["method"], *(f"{row[column]:g}" for column in columns)]
+        told += [f"{row['steps']:.0f}", str(row["failed"]), "yes" if row["same"] else "no"]
+        line = merged.setdefault(cell, told)
+        line.append(f"{row['seeds'] / np.median(row['seconds']):,.0f}")
+    text = (
+        "`flow` (ε = 2e-5, τ to 0.035) and `limit` from call to answer: "
+        'the same program in the threads of the GPU (`"cuda"`) and on all cores of the CPU beside '
+        'it (`"simd"`). A tolerance of 1e-6 has a median error of 1e-6 '
+        "([flow_results.md](flow_results.md))."
+    )
+    return "\n\n".join(["## Flow and limit", text, report.table(header, merged.values())])
+
+
+SECTIONS = {
+    "sgd": Section(measure_sgd, sgd_markdown),
+    "flow": Section(measure_flow, flow_markdown),
+}
 
 
 # --- the command --------------------------------------------------------------------------------

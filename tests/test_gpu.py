@@ -1,9 +1,10 @@
 """The engines on a GPU that has the kernel: against the CPU and NumPy, and promises on seeds.
 
-`make test-gpu` runs this file; without such a GPU its tests are skipped.
+`make test-gpu` runs this file; without such a GPU its tests fail and say so.
 """
 
 import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ SEEDS = 300  # three groups of the kernel, the last with idle lanes
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    """The GPU; the test is skipped where there is none that runs the kernel."""
+    """The GPU, which must be one that runs the kernel."""
     device = jax.local_devices()[0]
     reason = _kernel.obstacle(device, np.float32, 1)
     if reason is not None:
-        pytest.skip(f"the GPU kernel does not run here: {reason}")
+        pytest.fail(f"the GPU kernel does not run here: {reason}")
     return device
 
 
@@ -289,6 +290,60 @@ def small():
     problem = paper(5, eta=0.05)
     starts = np.sort(np.random.default_rng(4).random((8, 5)), axis=1)
     return problem, problem.state(slow=starts), np.array([0.0, 0.002, 0.01, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("neurons", "eta", "epsilon"),
+    [(5, 4e-3, 0.1), (20, 4e-3, 2e-5), (20, 4e-3, 0.0), (40, 4e-2, 1e-3), (100, 4e-3, 2e-5)],
+)
+def test_cuda_has_the_bits_of_simd(neurons, eta, epsilon, gpu):
+    """Random starts, some with neurons that coincide, lie on jumps or straddle an end."""
+    problem = paper(neurons, eta=eta)
+    slow = np.random.default_rng(3).random((300, neurons))
+    slow[::7, 1] = slow[::7, 0]
+    slow[::5, 2] = JUMPS[0]
+    slow[::3, 3] = 1.0 - eta / 5
+    options = {"tau": TAU, "rtol": 1e-6, "atol": 1e-6}
+    method = tts.flow if epsilon else tts.limit
+    options |= {"epsilon": epsilon} if epsilon else {}
+    state = problem.state(slow=slow)
+    found = method(problem, state, engine="cuda", **options)
+    expected = method(problem, state, engine="simd", **options)
+    assert np.all(expected.success)
+    assert_same_bits(jax.tree.leaves(found), jax.tree.leaves(expected))
+    assert found.slow.devices() == {gpu}
+
+
+def test_cuda_leaves_wide_bands_to_the_cpu_and_tells_of_failures(gpu):
+    problem = paper(40, eta=0.9)  # all neurons overlap
+    state = problem.state(slow=np.random.default_rng(4).random((40, 40)))
+    options = {"epsilon": 0.1, "tau": [0.0, 0.01, 0.02]}
+    found, expected = (
+        tts.flow(problem, state, engine=engine, **options) for engine in ("cuda", "simd")
+    )
+    assert np.all(found.success)
+    assert np.max(found.stats["bandwidth"]) == 39
+    assert_same_bits((found.fast, found.slow), (expected.fast, expected.slow))
+    short = tts.flow(
+        paper(20, 4e-3),
+        paper(20, 4e-3).state(slow=np.random.default_rng(5).random((40, 20))),
+        epsilon=2e-5,
+        tau=TAU,
+        engine="cuda",
+        max_steps=60,
+    )
+    assert np.all(short.status == tts.Status.MAX_STEPS)
+    reached = np.asarray(short.stats["reached"])
+    np.testing.assert_array_equal(np.isfinite(short.loss), TAU <= reached[:, None])
+
+
+def test_auto_takes_the_gpu_for_many_starts(gpu):
+    problem = paper(5, eta=0.05)
+    slow = np.random.default_rng(4).random((1000 * os.cpu_count(), 5))
+    many = tts.flow(problem, problem.state(slow=slow), epsilon=0.01, tau=[0.01])
+    few = tts.flow(problem, problem.state(slow=slow[:10]), epsilon=0.01, tau=[0.01])
+    assert [dict(answer.notes)["engine"] for answer in (many, few)] == ["cuda", "simd"]
+    assert_same_bits((many.fast[:10], many.slow[:10]), (few.fast, few.slow))
 
 
 def test_flow_by_diffrax(small, gpu):

@@ -15,6 +15,7 @@ WIDEST = 200  # neighbours that may overlap: for more, dense matrices are no slo
 TOO_WIDE = 100  # status, inside, of a start where more do
 RIDGE = 4.0  # of the reduced flow, in ulp of the trace of the Gram matrix, about
 MEMORY = 1 << 26  # bytes of records that are held at a time, about
+LEAST_CHUNK = 4096  # starts that are solved at a time, whatever their records take
 
 
 def _visits(places: np.ndarray, eta: float) -> np.ndarray:
@@ -146,7 +147,7 @@ def _solve_groups(
     starts, groups = given[1].shape
     answer = _blank(starts, tau.size, groups, on_gpu=on_gpu)
     memory = _banded_machine.record_memory() if on_gpu else MEMORY
-    chunk = max(4096, memory // (8 * tau.size * (5 * groups + 4)))
+    chunk = max(LEAST_CHUNK, memory // (8 * tau.size * (5 * groups + 4)))
 
     def solve_some(which: Any, part: dict[str, Any], on_gpu: bool) -> None:
         own = [np.ascontiguousarray(x[which], float) for x in given]

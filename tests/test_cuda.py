@@ -1,0 +1,201 @@
+"""The flow's program for GPUs, run on this CPU: one thread after the other, memory of the host."""
+
+import contextlib
+import ctypes
+import re
+from types import SimpleNamespace
+
+import jax
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from conftest import JUMPS, VALUES
+from llvmlite import ir
+
+import tts_jax as tts
+from tts_jax._simd import cuda
+from tts_jax._simd.machine import compiled, has_fma
+from tts_jax._simd.writer import Target
+from tts_jax.problems import _banded_machine, _banded_simd
+from tts_jax.problems._banded_program import Program
+
+
+TAU = np.array([0.0, 0.01, 0.035])
+
+
+class Memory:
+    """As `cuda.Memory`, filled with what must not be read."""
+
+    def __enter__(self):
+        self.held = []
+        return self
+
+    def __exit__(self, *_):
+        self.held.clear()
+
+    def reserve(self, size):
+        self.held.append(np.full(size // 8 + 1, np.nan))
+        return self.held[-1].ctypes.data
+
+    def zeros(self, size):
+        address = self.reserve(size)
+        ctypes.memset(address, 0, size)
+        return address
+
+    def copy_of(self, array):
+        address = self.reserve(array.nbytes)
+        self.write(address, array)
+        return address
+
+    @staticmethod
+    def write(address, array):
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+
+    @staticmethod
+    def read(address, array):
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+
+class Device:
+    """As `cuda.Device`: threads run in turn, and a warp votes as its only thread does."""
+
+    processors = 2
+    capability = (9, 0)
+
+    def __init__(self):
+        module = ir.Module("banded")
+        module.triple = llvm.get_process_triple()
+        Program(module, Target(1, fused=has_fma(), cuda=True))
+        text = str(module).replace("ptx_kernel ", "").replace("convergent", "")
+        # what a GPU knows becomes a global variable
+        sreg = r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]*)"'
+        known = (
+            r'@"\1" = global i32 0 define i32 @"get.\1"() { %v = load i32, ptr @"\1" ret i32 %v }'
+        )
+        text = re.sub(rf"declare i32 @{sreg}\(\)", known, text)
+        text = re.sub(f"@{sreg}", r'@"get.\1"', text)
+        vote = r'declare i1 @"llvm.nvvm.vote.any.sync"\([^)]*\)'
+        text = re.sub(vote, 'define i1 @"vote"(i32 %all, i1 %own) { ret i1 %own }', text)
+        self.engine = compiled(text.replace('@"llvm.nvvm.vote.any.sync"', '@"vote"'))
+
+    def free_memory(self):
+        return 1 << 30
+
+    @contextlib.contextmanager
+    def current(self):
+        yield
+
+    def launch(self, kernel, blocks, threads, arguments):
+        form = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))
+        call = form(self.engine.get_function_address(kernel))
+
+        def know(name, value):
+            address = self.engine.get_global_value_address(name)
+            ctypes.c_int32.from_address(address).value = value
+
+        know("ntid.x", threads)
+        know("nctaid.x", blocks)
+        for block in reversed(range(blocks)):
+            for thread in range(threads):
+                know("ctaid.x", block)
+                know("tid.x", thread)
+                call(*arguments)
+
+
+@pytest.fixture(scope="module")
+def device():
+    return Device()
+
+
+@pytest.fixture
+def gpu(device, monkeypatch):
+    monkeypatch.setattr(cuda, "Memory", Memory)
+    monkeypatch.setattr(_banded_machine, "_gpu", lambda: (device, "run"))
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    return monkeypatch
+
+
+def compare(method, neurons, eta, slow, **options):
+    problem = tts.Univariate(tts.PiecewiseConstant(JUMPS, VALUES), neurons=neurons, eta=eta)
+    state = problem.state(slow=slow)
+    found, expected = (
+        method(problem, state, tau=TAU, rtol=1e-6, atol=1e-6, engine=engine, **options)
+        for engine in ("cuda", "simd")
+    )
+    assert dict(found.notes)["engine"] == "cuda"
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(left, right)
+    return found
+
+
+def starts(count, neurons, eta):
+    """Random starts, some with neurons that coincide, lie on jumps or straddle an end."""
+    slow = np.random.default_rng(3).random((count, neurons))
+    slow[::7, 1] = slow[::7, 0]
+    slow[::5, 2] = JUMPS[0]
+    slow[::3, 3] = 1.0 - eta / 5
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("neurons", "eta", "epsilon"),
+    [(5, 4e-3, 0.1), (20, 4e-3, 2e-5), (20, 4e-3, None), (20, 4e-2, 1e-3)],
+)
+def test_threads_have_the_bits_of_vectors(neurons, eta, epsilon, gpu):
+    """More starts than threads of a warp, and not a multiple of them."""
+    options = {"epsilon": epsilon} if epsilon else {}
+    found = compare(
+        tts.flow if epsilon else tts.limit, neurons, eta, starts(70, neurons, eta), **options
+    )
+    assert np.all(found.success)
+
+
+def test_records_in_parts(gpu):
+    """As if the GPU had little memory: few threads, and few records at a time."""
+    gpu.setattr(_banded_machine, "WORK_SHARE", 1e-9)
+    gpu.setattr(_banded_machine, "record_memory", lambda: 0)
+    gpu.setattr(_banded_simd, "LEAST_CHUNK", 20)
+    compare(tts.flow, 5, 4e-3, starts(70, 5, 4e-3), epsilon=0.1)
+
+
+def test_what_is_too_wide_is_left_to_the_cpu(gpu):
+    gpu.setattr(_banded_machine, "WIDEST_CUDA", 3)
+    found = compare(tts.flow, 12, 0.1, starts(8, 12, 0.1), epsilon=0.1)
+    assert np.max(found.stats["bandwidth"]) > 3
+
+
+def test_failures_have_a_status(gpu):
+    found = compare(tts.flow, 20, 4e-3, starts(8, 20, 4e-3), epsilon=2e-5, max_steps=60)
+    assert np.all(found.status == tts.Status.MAX_STEPS)
+    assert np.all(np.isnan(found.loss[:, -1]) & np.isfinite(found.loss[:, 0]))
+
+
+def test_many_starts_go_to_the_gpu(gpu, problem):
+    gpu.setattr(tts._integrate, "CUDA_LANES", 0)
+    found = tts.flow(problem, problem.state(slow=starts(3, 20, 4e-3)), epsilon=0.1, tau=[0.01])
+    assert dict(found.notes)["engine"] == "cuda"
+
+
+def test_the_kernel_is_written_for_every_gpu(monkeypatch):
+    """In PTX, which names no instruction of the host's, and for Hopper at most."""
+    for capability, target in (((8, 0), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")):
+        text = _banded_machine.kernel_text(capability)
+        assert f".target {target}" in text
+        assert ".visible .entry run(" in text
+        # a product and a sum are rounded together only where it is written so
+        assert "fma.rn.f64" in text
+        assert not re.search(r"\b(add|mul)\.f64", text)
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    assert "JAX computes on cpu" in cuda.missing()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, reason in (("6.1", "compute capability 7"), ("gfx942", "not gfx942")):
+        given = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(cuda, "gpu", lambda given=given: given)
+        assert reason in cuda.missing()
+    monkeypatch.setattr(cuda, "gpu", lambda: SimpleNamespace(compute_capability="9.0"))
+    monkeypatch.setattr(cuda, "_driver", lambda: ctypes.CDLL("there-is-no-such-library"))
+    cuda._driver_missing.cache_clear()
+    assert "driver" in cuda.missing()
+    cuda._driver_missing.cache_clear()
