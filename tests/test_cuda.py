@@ -16,7 +16,7 @@ import tts_jax as tts
 from tts_jax._simd import cuda
 from tts_jax._simd.machine import compiled, has_fma
 from tts_jax._simd.writer import Target
-from tts_jax.problems import _banded_machine, _banded_simd
+from tts_jax.problems import _banded_machine
 from tts_jax.problems._banded_program import Program
 
 
@@ -59,7 +59,6 @@ class Memory:
 class Device:
     """As `cuda.Device`: threads run in turn, and a warp votes as its only thread does."""
 
-    processors = 2
     capability = (9, 0)
 
     def __init__(self):
@@ -150,12 +149,16 @@ def test_threads_have_the_bits_of_vectors(neurons, eta, epsilon, gpu):
     assert np.all(found.success)
 
 
-def test_records_in_parts(gpu):
-    """As if the GPU had little memory: few threads, and few records at a time."""
-    gpu.setattr(_banded_machine, "WORK_SHARE", 1e-9)
-    gpu.setattr(_banded_machine, "record_memory", lambda: 0)
-    gpu.setattr(_banded_simd, "LEAST_CHUNK", 20)
+def test_what_the_memory_holds_at_a_time(gpu, device):
+    """The starts of two warps, then the rest."""
+    gpu.setattr(_banded_machine, "most_starts", lambda *_: 64)
     compare(tts.flow, 5, 4e-3, starts(70, 5, 4e-3), epsilon=0.1)
+    gpu.undo()
+    gpu.setattr(_banded_machine, "_gpu", lambda: (device, "run"))
+    most = _banded_machine.most_starts(5, 13, 3)
+    assert most % 32 == 0
+    assert _banded_machine.most_starts(5, 13, 300) < most
+    assert 0.5 < most * 8 * _banded_machine.layout(1, 5, 13)[0] / device.free_memory() < 0.8
 
 
 def test_what_is_too_wide_is_left_to_the_cpu(gpu):

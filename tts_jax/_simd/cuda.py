@@ -18,7 +18,7 @@ import numpy as np
 
 
 WARP = 32  # threads that execute together
-_MAJOR, _MINOR, _PROCESSORS = 75, 76, 16  # attributes of a device, by the driver's numbers
+_MAJOR, _MINOR = 75, 76  # attributes of a device, by the driver's numbers
 _MAX_REGISTERS, _ERROR_LOG, _ERROR_LOG_BYTES = 0, 5, 6  # options of its compiler
 _OLDEST = 7  # compute capability whose threads meet again after a branch by themselves
 
@@ -98,7 +98,6 @@ class Device:
     """One GPU.
 
     Attributes:
-        processors: how many multiprocessors it has.
         capability: its compute capability.
     """
 
@@ -114,7 +113,6 @@ class Device:
             _call("cuDeviceGetAttribute", ctypes.byref(value), number, handle)
             return value.value
 
-        self.processors = attribute(_PROCESSORS)
         self.capability = attribute(_MAJOR), attribute(_MINOR)
 
     @contextmanager

@@ -14,11 +14,9 @@ from tts_jax._simd.memory import aligned
 
 FEW = 4  # up to this many starts per thread, the vectors are narrower
 MANY = 300  # with more neurons, wide vectors do not fit the cache
-# On a GPU: the neighbours that may overlap, for which every thread has room; threads of a
-# multiprocessor and registers of a thread; shares of the free memory for threads and for records.
-WIDEST_CUDA = 32
-PER_PROCESSOR, REGISTERS = 256, 255
-WORK_SHARE, RECORD_SHARE = 0.4, 0.4
+# On a GPU: the neighbours that may overlap, for which every thread has room; registers of a
+# thread; the share of the free memory that starts at work and their records may take.
+WIDEST_CUDA, REGISTERS, MEMORY_SHARE = 32, 255, 0.8
 EMPTY = ("record_state", "record_order", "which", "condition")  # at the start, shared arrays
 
 
@@ -161,11 +159,16 @@ def _gpu() -> tuple[cuda.Device, Any]:
         return device, device.load(kernel_text(device.capability), "run", registers=REGISTERS)
 
 
-def record_memory() -> int:
-    """Bytes that the records of starts may take at a time on the GPU."""
+def most_starts(neurons: int, stride: int, times: int) -> int:
+    """How many starts the memory of the GPU holds at a time."""
+    from tts_jax.problems._banded_program import LANE_INDICES
+
+    numbers = layout(1, neurons, stride)[0] + len(LANE_INDICES)
+    numbers += times * (3 * neurons + 4) + 6 * neurons  # records, and what is given
     device, _ = _gpu()
     with device.current():
-        return int(RECORD_SHARE * device.free_memory())
+        starts = int(MEMORY_SHARE * device.free_memory()) // (8 * numbers)
+    return max(starts // cuda.WARP, 1) * cuda.WARP
 
 
 @contextmanager
@@ -193,12 +196,9 @@ class Grid:
         self._device, self._kernel = _gpu()
         self._shared, self._memory = shared, memory
         length, offsets = layout(1, neurons, stride)
-        most = int(WORK_SHARE * self._device.free_memory()) // (8 * length * cuda.WARP)
-        # blocks of a single warp, so that a few starts are spread over all multiprocessors
-        filled = self._device.processors * PER_PROCESSOR // cuda.WARP
-        self._blocks = max(1, min(-(-starts // cuda.WARP), filled, most))
+        # a block is one warp, so that a few starts are spread over all multiprocessors
+        self._blocks = -(-starts // cuda.WARP)
         threads = self._blocks * cuda.WARP
-        shared["queue"][0] = threads  # each begins with a start of its own
 
         def placed(name: str, array: Any) -> int:
             if isinstance(array, cuda.Room):

@@ -23,6 +23,8 @@ again; positions farther out count as the place where the transition just leaves
 Vectors hold one number per lane; a lane's numbers do not depend on its neighbours, nor on K.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -280,12 +282,23 @@ class Program:
         for place, name in enumerate(ENTRIES):
             entry = getattr(self, name)
             with w.when(w.index(number).equals(place)):
-                if len(entry.arguments) == 1:
-                    w.call(entry, table)
-                else:
-                    with w.range(w.thread(), w.index(count), w.threads()) as state:
-                        w.call(entry, table, state, state + 1)
+                w.call(entry, table, *(w.index(0), count)[: len(entry.arguments) - 1])
         w.give()
+
+    @contextmanager
+    def _groups(self, w: Writer, first: Index, last: Index) -> Iterator[Index]:
+        """The first state of each group of the vectors' length; on a GPU, the states of a thread.
+
+        The last group may reach beyond the last state. Threads of a warp make as many turns.
+        """
+        if not w.target.cuda:
+            with w.range(first, last, self.lanes) as group:
+                yield group
+            return
+        thread = w.thread()
+        place = Index(w, w.builder.urem(thread.ir, ir.Constant(WHOLE, WARP)))
+        with w.range(first + thread - place, last, w.threads()) as group:
+            yield group + place
 
     def _function(
         self, name: str, extra: tuple[Any, ...] = (), result: Any = None
@@ -1367,7 +1380,7 @@ class Program:
             turn.stop_if(~w.any(moved.get()))
 
     def _advance(self) -> Writer:
-        """advance(table): solve starts from the queue until it is empty."""
+        """advance(table): solve starts from the queue until it is empty; on a GPU one a thread."""
         w, scope = self._function("advance")
         table = w.arguments[0]
         state, following, lane = map(scope.array, ("state", "next", "lane"))
@@ -1375,7 +1388,6 @@ class Program:
         records, tau = scope.array("record"), scope.array("tau")
         end = scope.shared("end")
         with w.range(0, self.lanes) as each:
-            # the threads of a GPU begin in their order, so that those of a warp are alike
             first = w.thread() if w.target.cuda else w.take_next(scope.array("queue"))
             w.call(self.refill, table, each, first)
         with w.repeat() as turn:
@@ -1466,7 +1478,10 @@ class Program:
         scope.array("bandwidth")[start] = scope.array("widest")[each]
         scope.array("record_count")[start] = scope.array("record")[each]
         scope.array("reached")[start] = self._get(scope, "lane", TIME, each)
-        w.call(self.refill, w.arguments[0], each, w.take_next(scope.array("queue")))
+        # a thread of a GPU has one start: those of a warp, which move together, are alike
+        cuda = w.target.cuda
+        following = scope.size("starts") if cuda else w.take_next(scope.array("queue"))
+        w.call(self.refill, w.arguments[0], each, following)
 
     # --- before and after ---
 
@@ -1493,7 +1508,7 @@ class Program:
         w, scope = self._function("settle", (WHOLE, WHOLE))
         first, last = (w.index(argument) for argument in w.arguments[1:])
         state = scope.array("state")
-        with w.range(first, last, self.lanes) as group:
+        with self._groups(w, first, last) as group:
             self._gather(w, scope, group, last, "start_state", "start_order")
             w.call(self.project, w.arguments[0], state.base, w.index(1))
             with w.range(0, self._least(w, w.index(self.lanes), last - group)) as each:
@@ -1511,7 +1526,7 @@ class Program:
         state, right, filling = map(scope.array, ("state", "right", "filling"))
         m = scope.m
         losses, fast, slow = map(scope.array, ("loss", "fast", "slow"))
-        with w.range(first, last, self.lanes) as group:
+        with self._groups(w, first, last) as group:
             self._gather(w, scope, group, last, "record_state", "record_order")
             bound = w.variable(w.index(1))
             with w.when(scope.size("reduced") > 0):

@@ -146,8 +146,10 @@ def _solve_groups(
     """
     starts, groups = given[1].shape
     answer = _blank(starts, tau.size, groups, on_gpu=on_gpu)
-    memory = _banded_machine.record_memory() if on_gpu else MEMORY
-    chunk = max(LEAST_CHUNK, memory // (8 * tau.size * (5 * groups + 4)))
+    chunk = max(LEAST_CHUNK, MEMORY // (8 * tau.size * (5 * groups + 4)))
+    if on_gpu:
+        stride = 2 * _widest(groups, on_gpu) + 3
+        chunk = _banded_machine.most_starts(groups, stride, tau.size)
 
     def solve_some(which: Any, part: dict[str, Any], on_gpu: bool) -> None:
         own = [np.ascontiguousarray(x[which], float) for x in given]
