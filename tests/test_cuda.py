@@ -173,12 +173,6 @@ def test_failures_have_a_status(gpu):
     assert np.all(np.isnan(found.loss[:, -1]) & np.isfinite(found.loss[:, 0]))
 
 
-def test_many_starts_go_to_the_gpu(gpu, problem):
-    gpu.setattr(tts._integrate, "CUDA_LANES", 0)
-    found = tts.flow(problem, problem.state(slow=starts(3, 20, 4e-3)), epsilon=0.1, tau=[0.01])
-    assert dict(found.notes)["engine"] == "cuda"
-
-
 def test_the_kernel_is_written_for_every_gpu(monkeypatch):
     """In PTX, which names no instruction of the host's, and for Hopper at most."""
     for capability, target in (((8, 0), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")):

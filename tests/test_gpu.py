@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import os
 
 import jax
 import jax.numpy as jnp
@@ -337,13 +336,11 @@ def test_cuda_leaves_wide_bands_to_the_cpu_and_tells_of_failures(gpu):
     np.testing.assert_array_equal(np.isfinite(short.loss), TAU <= reached[:, None])
 
 
-def test_auto_takes_the_gpu_for_many_starts(gpu):
+def test_auto_takes_the_cores_beside_the_gpu(gpu):
     problem = paper(5, eta=0.05)
-    slow = np.random.default_rng(4).random((1000 * os.cpu_count(), 5))
-    many = tts.flow(problem, problem.state(slow=slow), epsilon=0.01, tau=[0.01])
-    few = tts.flow(problem, problem.state(slow=slow[:10]), epsilon=0.01, tau=[0.01])
-    assert [dict(answer.notes)["engine"] for answer in (many, few)] == ["cuda", "simd"]
-    assert_same_bits((many.fast[:10], many.slow[:10]), (few.fast, few.slow))
+    slow = np.random.default_rng(4).random((10, 5))
+    answer = tts.flow(problem, problem.state(slow=slow), epsilon=0.01, tau=[0.01])
+    assert dict(answer.notes)["engine"] == "simd"
 
 
 def test_flow_by_diffrax(small, gpu):

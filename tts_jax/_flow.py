@@ -1,6 +1,5 @@
 """The gradient flow at finite ε: a stiff singular-perturbation ODE in slow time, by Diffrax."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -71,10 +70,9 @@ def flow(
             lane each; `"loop"`: the same in JAX alone, on any device, differentiable in both
             modes, but slow to compile; `"diffrax"`: one by one by Diffrax. All but the last are
             for problems with a structure to use, such as `Univariate` (banded stages, time and
-            memory in proportion to m). `"auto"`: where numbers are known, which is outside
-            transformations, `"cuda"` for many lanes on a GPU, otherwise `"simd"`; else
-            `"diffrax"`. `solver`, `adjoint` and `progress_meter` are Diffrax's: to give one of
-            them chooses it.
+            memory in proportion to m). `"auto"`: `"simd"` where it can be used, which is outside
+            transformations, else `"diffrax"`. `solver`, `adjoint` and `progress_meter` are
+            Diffrax's: to give one of them chooses it.
         solver: `"rodas5p"` (stiff, uses `problem.jacobian`), `"kvaerno5"` (Diffrax's stiff
             solver with Newton iterations that converge), `"tsit5"` (explicit), any Diffrax
             solver, or `"auto"`: Tsit5 when by `problem.fastest_rate` stability costs it few
@@ -109,7 +107,6 @@ def flow(
     engine = choose_engine(
         engine,
         problem,
-        max(math.prod(batch_shape(problem, state)), epsilon.size),
         (state, epsilon, tau, rtol, atol),
         own=solver == "auto" and adjoint is None and progress_meter is None,
     )

@@ -265,17 +265,14 @@ def _reshape(answer: Any, shape: tuple[int, ...]) -> Any:
 EngineName = Literal["auto", "cuda", "simd", "loop", "diffrax"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 ON_HOST = ("cuda", "simd")  # engines that get NumPy arrays
-# Lanes per core of the CPU from which a GPU is faster (`python -m benchmarks.gpu --only flow`).
-CUDA_LANES = 1000
 
 
 def choose_engine(
-    engine: EngineName, problem: AbstractProblem, lanes: int, numbers: Any, *, own: bool
+    engine: EngineName, problem: AbstractProblem, numbers: Any, *, own: bool
 ) -> EngineName:
     """The engine that `"auto"` stands for, or the given one if it can be used.
 
     Args:
-        lanes: how many there are.
         numbers: what may be traced besides the problem.
         own: whether nothing was asked for that only Diffrax has.
 
@@ -308,13 +305,10 @@ def choose_engine(
         raise ValueError(f"Argument `engine` is {engine!r}, but {why}. {remedy}")
     if engine != "auto":
         return engine
-    # "loop" is only taken when asked for: it takes long to compile
-    many = CUDA_LANES * _compat.cores()
-    wanted: tuple[EngineName, ...] = ("cuda", "simd") if lanes >= many else ("simd",)
-    for name in wanted:
-        if own and name in problem.flow_engines and reason(name) is None:
-            return name
-    return "diffrax"
+    # "loop" is only taken when asked for, as it takes long to compile, and so is "cuda", as the
+    # cores beside a GPU are about as fast (`python -m benchmarks.gpu --only flow`)
+    simd = own and "simd" in problem.flow_engines and reason("simd") is None
+    return "simd" if simd else "diffrax"
 
 
 def solve(

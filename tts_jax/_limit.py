@@ -1,6 +1,5 @@
 """The two-timescale limit: the reduced flow on the critical manifold."""
 
-import math
 from typing import Any, Literal, cast
 
 import diffrax
@@ -24,7 +23,7 @@ from tts_jax._integrate import (
     solve,
 )
 from tts_jax._precision import double_precision, require_double_precision
-from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._problem import AbstractProblem, State
 from tts_jax._rosenbrock import Rodas5P
 from tts_jax._trajectory import Status, Trajectory, over_lanes, raise_on_failure, record
 
@@ -81,8 +80,7 @@ def limit(
     check_start(problem, state)
     check_noiseless("limit", problem, averaged=True)
     own = solver == "auto" and adjoint is None and progress_meter is None
-    lanes = math.prod(batch_shape(problem, state))
-    engine = choose_engine(engine, problem, lanes, (state, tau, rtol, atol), own=own)
+    engine = choose_engine(engine, problem, (state, tau, rtol, atol), own=own)
     if not isinstance(solver, diffrax.AbstractSolver):
         names = ("auto", "rodas5p", "tsit5")
         checks.one_of("solver", solver, names, "Or pass a Diffrax solver, `diffrax.Tsit5()`.")

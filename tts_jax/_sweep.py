@@ -554,8 +554,7 @@ class SolveRun:
         self._state = jax.tree.map(lambda leaf: leaf[unit.first : unit.last], state)
         self._dynamics = grid.dynamics
         engine = cast(EngineName, grid.engine)
-        starts = unit.last - unit.first
-        self.engine = choose_engine(engine, self._problem, starts, self._state, own=True)
+        self.engine = choose_engine(engine, self._problem, self._state, own=True)
         self.steps = 0
         self._answer: Trajectory | None = None
 
