@@ -1,5 +1,6 @@
 """The gradient flow at finite ε: a stiff singular-perturbation ODE in slow time, by Diffrax."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -160,6 +161,11 @@ def _slow_time_jacobian(
     return jacobian.at[:count].divide(epsilon)
 
 
+@functools.cache
+def _rodas5p() -> Rodas5P:
+    return Rodas5P(jacobian=_slow_time_jacobian)
+
+
 def _choose_solver(
     solver: SolverName | diffrax.AbstractSolver,
     problem: AbstractProblem,
@@ -174,7 +180,7 @@ def _choose_solver(
     if solver == "auto":
         solver = "rodas5p" if _is_stiff(problem, state, epsilon, tau) else "tsit5"
     choices: dict[str, Callable[[], diffrax.AbstractSolver]] = {
-        "rodas5p": lambda: Rodas5P(jacobian=_slow_time_jacobian),
+        "rodas5p": _rodas5p,
         # Diffrax's default root finder (VeryChord at the step tolerances) gives up on half of
         # the steps here; iterating the chord method to convergence costs less.
         "kvaerno5": lambda: diffrax.Kvaerno5(root_finder=optx.Chord(rtol=1e-9, atol=1e-9)),

@@ -18,7 +18,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from tts_jax import _compat, _simd, checks
-from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry
+from tts_jax._precision import on_host
+from tts_jax._problem import AbstractProblem, State, batch_shape, check_geometry, quickly
 from tts_jax._trajectory import Status
 from tts_jax.geometry import Euclidean
 
@@ -253,6 +254,8 @@ class Batch:
 
     def unflatten(self, answer: Any) -> Any:
         """Leaves `[lanes, ...]` with the batch axes in front."""
+        if on_host() and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(answer)):
+            return jax.tree.map(lambda leaf: leaf.reshape((*self.shape, *leaf.shape[1:])), answer)
         return _reshape(answer, self.shape)
 
 
@@ -331,7 +334,9 @@ def solve(
     if engine == "diffrax":
         return solve_lanes(problem, solve_lane, state, epsilon, problem, run, spread=spread)
     batch = Batch(problem, state, epsilon)
-    answer = problem.solve_flow(
+    answer = quickly(
+        problem,
+        "solve_flow",
         engine,
         batch.state,
         batch.epsilon,

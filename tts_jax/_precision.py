@@ -1,6 +1,7 @@
 """Float64 without global flags: public calls enter JAX's local x64 context by themselves."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +14,7 @@ from tts_jax.checks import inside_trace, is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_calls = threading.local()
 
 
 def _to_host(leaf: Any) -> Any:
@@ -37,9 +39,18 @@ def double_precision(function: Callable[P, R]) -> Callable[P, R]:
         if jax.config.read("jax_enable_x64") or is_traced(args, kwargs) or inside_trace():
             return function(*args, **kwargs)
         with jax.enable_x64(True):
-            return jax.tree.map(_to_host, function(*args, **kwargs))
+            outer, _calls.on_host = on_host(), True
+            try:
+                return jax.tree.map(_to_host, function(*args, **kwargs))
+            finally:
+                _calls.on_host = outer
 
     return wrapper
+
+
+def on_host() -> bool:
+    """Whether the arrays of the call that runs will be NumPy's, so that none need be JAX's."""
+    return getattr(_calls, "on_host", False)
 
 
 def require_double_precision(who: str, *trees: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from tts_jax._checkpoint import replacing
-from tts_jax._problem import AbstractProblem, one_by_one
+from tts_jax._problem import AbstractProblem, one_by_one, quickly
 from tts_jax._version import __version__
 from tts_jax.checks import is_traced
 
@@ -356,17 +356,17 @@ def record(
         status=status,
         stats=stats,
         observables=observables,
-        coords=problem.coords(),
+        coords=quickly(problem, "coords"),
         settings={
             name: value if is_traced(value) else np.asarray(value)
-            for name, value in (problem.settings() | (settings or {})).items()
+            for name, value in (quickly(problem, "settings") | (settings or {})).items()
         },
         method=method,
         batch_dims=batch_dims,
-        dims=tuple(problem.axes().items()),
+        dims=tuple(quickly(problem, "axes").items()),
         notes=(
             ("problem", type(problem).__name__),
-            *problem.notes().items(),
+            *quickly(problem, "notes").items(),
             ("jax", jax.__version__),
             ("python", platform.python_version()),
             *(notes or {}).items(),

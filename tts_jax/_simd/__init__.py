@@ -46,6 +46,7 @@ __all__ = [
 FEW = 2  # up to this many seeds per thread, rows are laid out in the vectors
 
 
+@functools.cache  # looking for a package takes longer than some solves need
 def missing() -> str | None:
     """Why this engine cannot be used on this machine, if so."""
     if importlib.util.find_spec("llvmlite") is None:

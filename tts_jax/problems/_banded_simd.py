@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tts_jax import _compat
+from tts_jax._problem import quickly
 from tts_jax._simd import cuda
 from tts_jax._trajectory import Status
 from tts_jax.problems import _banded_machine
@@ -216,7 +217,7 @@ def _solve_chunk(
         "total": values @ lengths,
         "square": values**2 @ lengths,
         "ridge": RIDGE * np.finfo(float).eps * (m + 1) if reduced else 0.0,
-        "per_scale": 1.0 / float(problem.slow_scale()),
+        "per_scale": 1.0 / float(quickly(problem, "slow_scale")),
         "fast_share": 0.0 if reduced else 1.0,
         "least_step": 1e-14 * end,
         "first_step": (1e-4 if reduced else 1e-2) * end,

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from tts_jax import checks
 from tts_jax._precision import double_precision
-from tts_jax._problem import AbstractProblem, State
+from tts_jax._problem import AbstractProblem, State, quickly
 from tts_jax._random import typed_key
 from tts_jax.problems import (
     _activation,
@@ -417,7 +417,7 @@ class Univariate(AbstractProblem):
         }
 
     def settings(self) -> dict[str, Any]:
-        return {"eta": self.eta, "noise": self.noise, **self.target.settings()}
+        return {"eta": self.eta, "noise": self.noise, **quickly(self.target, "settings")}
 
     def notes(self) -> dict[str, str]:
         return {"activation": self.activation, "target": self.target.name}
