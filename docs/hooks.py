@@ -35,6 +35,7 @@ ELSEWHERE = (
     "benchmarks/results.png",
     "benchmarks/flow_results.md",
     "benchmarks/flow_results.png",
+    "benchmarks/gpu_results.md",
 )
 SECTION = "Results"
 _INDEXED = re.compile(

@@ -109,7 +109,7 @@ def device():
 @pytest.fixture
 def gpu(device, monkeypatch):
     monkeypatch.setattr(cuda, "Memory", Memory)
-    monkeypatch.setattr(_banded_machine, "_gpu", lambda: (device, "run"))
+    monkeypatch.setattr(_banded_machine, "_gpu", lambda: (device, "banded_flow"))
     monkeypatch.setattr(cuda, "missing", lambda: None)
     return monkeypatch
 
@@ -154,7 +154,7 @@ def test_what_the_memory_holds_at_a_time(gpu, device):
     gpu.setattr(_banded_machine, "most_starts", lambda *_: 64)
     compare(tts.flow, 5, 4e-3, starts(70, 5, 4e-3), epsilon=0.1)
     gpu.undo()
-    gpu.setattr(_banded_machine, "_gpu", lambda: (device, "run"))
+    gpu.setattr(_banded_machine, "_gpu", lambda: (device, "banded_flow"))
     most = _banded_machine.most_starts(5, 13, 3)
     assert most % 32 == 0
     assert _banded_machine.most_starts(5, 13, 300) < most
@@ -178,7 +178,7 @@ def test_the_kernel_is_written_for_every_gpu(monkeypatch):
     for capability, target in (((8, 0), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")):
         text = _banded_machine.kernel_text(capability)
         assert f".target {target}" in text
-        assert ".visible .entry run(" in text
+        assert ".visible .entry banded_flow(" in text
         # a product and a sum are rounded together only where it is written so
         assert "fma.rn.f64" in text
         assert not re.search(r"\b(add|mul)\.f64", text)

@@ -14,8 +14,7 @@ loop with `UNROLL` steps in the loop's body. XLA makes about two kernels of each
 loop's condition, for which the host may wait, is asked once per body.
 
 What bounds the kernel is the number of instructions. A float32 step of `Univariate` takes 114,
-most of them Threefry, and 12 per neuron; `benchmarks/gpu_code.py` compiles it for an H100 (no GPU
-was at hand to run it) and counts:
+most of them Threefry, and 12 per neuron; `benchmarks/gpu_code.py` compiles it for an H100 and counts:
 
     neurons                 20     32     40     48     64   float64: 12     20
     instructions per step  354    498    594    698   1009          339    486
@@ -23,7 +22,8 @@ was at hand to run it) and counts:
     registers per thread   143    202    247    255    255          193    255
 
 A multiprocessor issues 128 instructions of threads per cycle, so at 1.7 GHz the 132 of an H100
-cannot take more than 8e10 seed-steps a second at 20 neurons in float32. Three blocks then share
+cannot take more than 8e10 seed-steps a second at 20 neurons in float32; an H200 was measured at
+6.8e10 (`benchmarks/gpu_results.md`). Three blocks then share
 the registers of a multiprocessor: the device is full from 132 · 3 · 128 = 50,688 seeds on, and
 fewer seeds take about the same time.
 """

@@ -155,8 +155,9 @@ def kernel_text(capability: tuple[int, int]) -> str:
 def _gpu() -> tuple[cuda.Device, Any]:
     """JAX's GPU and the engine's kernel on it."""
     device = cuda.Device(cuda.gpu().local_hardware_id or 0)
+    text = kernel_text(device.capability)
     with device.current():
-        return device, device.load(kernel_text(device.capability), "run", registers=REGISTERS)
+        return device, device.load(text, "banded_flow", registers=REGISTERS)
 
 
 def most_starts(neurons: int, stride: int, times: int) -> int:

@@ -237,7 +237,7 @@ class Program:
 
     The entry points take the work table: `settle` moves the starts to the critical manifold,
     `advance` solves starts from the queue, `finish` turns records into answers. On a GPU the
-    kernel `run` calls them in all threads.
+    kernel `banded_flow` calls them in all threads.
     """
 
     def __init__(self, module: Any, target: Target) -> None:
@@ -271,12 +271,12 @@ class Program:
             self._kernel()
 
     def _kernel(self) -> None:
-        """The kernel `run(table, number, count)`: an entry point, by its number, in every thread.
+        """The kernel `banded_flow(table, number, count)`: an entry point, by its number, in every thread.
 
         `count` listed states are dealt out to the threads. It is one kernel, because the driver
         compiles all functions anew for each.
         """
-        w, _ = self._function("run", (WHOLE, WHOLE))
+        w, _ = self._function("banded_flow", (WHOLE, WHOLE))
         w.function.calling_convention = "ptx_kernel"
         table, number, count = w.arguments
         for place, name in enumerate(ENTRIES):
