@@ -92,10 +92,10 @@ assert apart < 1e-3 * problem.eta
 # ## On a GPU
 #
 # `python -m benchmarks.gpu` measured an NVIDIA H200. From 50,000 seeds on, the kernel takes 15
-# picoseconds per seed and step in float32 and 32 in float64: $6.8 \cdot 10^{10}$ steps a second, where its
-# 354 instructions per step allow $8 \cdot 10^{10}$. JAX's own `vmap` of a `lax.scan` takes 20 times as
-# long there, PyTorch compiled 6 to 25 times.
+# picoseconds per seed and step in float32 and 32 in float64: $6.8 \cdot 10^{10}$ steps a second,
+# where its 354 instructions per step allow $8 \cdot 10^{10}$. JAX's own `vmap` of a `lax.scan`
+# takes 20 times as long there, PyTorch compiled 6 to 25 times.
 #
-# The flow gains less. `tts.flow(..., engine="cuda")` runs the CPU's program in a thread per start, with
-# the same bits, and solves 42,000 starts a second, where the 16 cores beside that GPU solve 36,000: a
-# start needs more memory than a thread has registers, and the GPU waits for it.
+# The flow gains less. `tts.flow(..., engine="cuda")` runs the CPU's program in a thread per start,
+# with the same bits, and solves 42,000 starts a second, where the 16 cores beside that GPU solve
+# 36,000: a start needs more memory than a thread has registers, and the GPU waits for it.

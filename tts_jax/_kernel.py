@@ -14,7 +14,8 @@ loop with `UNROLL` steps in the loop's body. XLA makes about two kernels of each
 loop's condition, for which the host may wait, is asked once per body.
 
 What bounds the kernel is the number of instructions. A float32 step of `Univariate` takes 114,
-most of them Threefry, and 12 per neuron; `benchmarks/gpu_code.py` compiles it for an H100 and counts:
+most of them Threefry, and 12 per neuron; `benchmarks/gpu_code.py` compiles it for an H100 and
+counts:
 
     neurons                 20     32     40     48     64   float64: 12     20
     instructions per step  354    498    594    698   1009          339    486

@@ -19,7 +19,7 @@ from benchmarks.suite.metrics import (
     neuron_exponent,
     times_at,
 )
-from benchmarks.suite.report import comparison, digits, left_out, machines, table
+from benchmarks.suite.report import comparison, digits, left_out, machines, save, table
 
 
 _LABELS = {peer.name: peer.label for peer in (*FLOW_PEERS, *GPU_FLOW_PEERS, LIMIT_PEER, SHARP_PEER)}
@@ -310,7 +310,7 @@ def plot(run: dict[str, Any], path: Path) -> bool:
     figure.legend(
         handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False
     )
-    figure.savefig(path, dpi=110)
+    save(figure, path)
     plt.close(figure)
     return True
 

@@ -58,6 +58,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def save(figure: Any, path: Path) -> None:
+    """The figure as a PNG of few colours, which is a third as large."""
+    from PIL import Image
+
+    figure.savefig(path, dpi=110)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def machines(run: dict[str, Any]) -> str:
     """What each workload ran on."""
     merged: dict[str, list[str]] = {}
@@ -270,7 +279,7 @@ def plot(run: dict[str, Any], path: Path) -> bool:
             _bars(ax, rows, colors)
         else:
             _curves(ax, rows, name, colors)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
     plt.close(figure)
     return True
 

@@ -271,10 +271,10 @@ class Program:
             self._kernel()
 
     def _kernel(self) -> None:
-        """The kernel `banded_flow(table, number, count)`: an entry point, by its number, in every thread.
+        """The kernel `banded_flow(table, number, count)`: an entry point in every thread.
 
-        `count` listed states are dealt out to the threads. It is one kernel, because the driver
-        compiles all functions anew for each.
+        Entry points are numbered. `count` listed states are dealt out to the threads. It is one
+        kernel, because the driver compiles all functions anew for each.
         """
         w, _ = self._function("banded_flow", (WHOLE, WHOLE))
         w.function.calling_convention = "ptx_kernel"
