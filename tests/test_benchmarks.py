@@ -200,6 +200,7 @@ def test_a_gpu_peer_is_refused_without_a_gpu():
     assert measured["ns"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     effort = measure.Effort(rounds=2, seconds=0.02, timeout=120.0, calls=1, together=True)
     monkeypatch.setattr(gpu, "EFFORT", effort)

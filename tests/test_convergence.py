@@ -274,6 +274,7 @@ def test_the_command_writes_data_tables_and_figure(tiny, data, capsys, tmp_path)
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_leaves_the_others(tiny, capsys, monkeypatch, tmp_path):
     def broken(settings, progress):
         raise RuntimeError("singular")
@@ -288,6 +289,7 @@ def test_a_part_that_fails_leaves_the_others(tiny, capsys, monkeypatch, tmp_path
     assert (tmp_path / "convergence_slopes.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_drawing_that_fails_leaves_data_and_tables(tiny, capsys, monkeypatch, tmp_path):
     def broken(data):
         raise RuntimeError("no ink")

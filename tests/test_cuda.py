@@ -175,7 +175,7 @@ def test_failures_have_a_status(gpu):
 
 def test_the_kernel_is_written_for_every_gpu(monkeypatch):
     """In PTX, which names no instruction of the host's, and for Hopper at most."""
-    for capability, target in (((8, 0), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")):
+    for capability, target in (((8, 0), "sm_80"), ((12, 0), "sm_90")):
         text = _banded_machine.kernel_text(capability)
         assert f".target {target}" in text
         assert ".visible .entry banded_flow(" in text

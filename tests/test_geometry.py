@@ -243,6 +243,7 @@ def test_a_lowest_eigenvalue_with_several_eigenvectors(pull):
     assert found.info["condition"] < 2.0
 
 
+@pytest.mark.slow
 def test_it_is_differentiable_twice():
     slow = jnp.asarray(NEEDLE.slow)
 

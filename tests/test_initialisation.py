@@ -18,6 +18,7 @@ def data():
     return {name: compute(TINY) for name, compute in study.PARTS.items()}
 
 
+@pytest.mark.slow
 def test_exact_and_counted_probabilities_agree(data):
     dataset = data["good_starts"]
     for row in range(dataset.sizes["at_least"]):
@@ -26,6 +27,7 @@ def test_exact_and_counted_probabilities_agree(data):
             assert low - 1e-12 <= dataset.exact.values[row, column] <= high
 
 
+@pytest.mark.slow
 def test_recovery_grows_with_the_neurons(data):
     dataset = data["recovery"]
     assert np.all(dataset.status.values == 0)
@@ -44,6 +46,7 @@ def test_the_guarantee_is_the_bound_on_neurons():
     assert study._guaranteed(TINY, np.array([20]))[0] == 0.0
 
 
+@pytest.mark.slow
 def test_drawing_takes_whatever_parts_there_are(data):
     whole = study.draw(data)
     assert isinstance(whole, Figure)
@@ -53,6 +56,7 @@ def test_drawing_takes_whatever_parts_there_are(data):
         study.draw({})
 
 
+@pytest.mark.slow
 def test_the_command_writes_data_tables_and_figure(data, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(study.SETTINGS, "quick", TINY)
     for name, dataset in data.items():

@@ -26,6 +26,10 @@ TINY = dataclasses.replace(
 )
 
 
+# the notebook runs the same experiments
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     jax.devices()

@@ -280,11 +280,13 @@ def test_says_what_it_refuses(step, label, message):
         compiled(Step(step, label), lanes, 16)
 
 
-def test_without_the_compiler_the_loop_takes_over(monkeypatch):
+def test_without_the_compiler_the_loop_takes_over(monkeypatch, request):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "llvmlite" else found(name)
     )
+    _simd.missing.cache_clear()
+    request.addfinalizer(_simd.missing.cache_clear)
     assert "pip install 'tts_jax[cpu]'" in _simd.missing()
     problem = tts.Univariate(tts.PiecewiseConstant([0.5], [0.0, 1.0]), neurons=2)
     options = {"key": jax.random.key(0), "epsilon": 0.1, "step_size": 0.1, "tau": [0.01]}

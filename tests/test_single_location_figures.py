@@ -58,7 +58,13 @@ def reproduced(name, folder, capsys):
     assert "recovered" not in said
 
 
-@pytest.mark.parametrize("name", ["single_location_published", "single_location_basins"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "single_location_published",
+        pytest.param("single_location_basins", marks=pytest.mark.slow),
+    ],
+)
 def test_figures_of_descent(name, folder, capsys):
     reproduced(name, folder, capsys)
 

@@ -127,7 +127,7 @@ def test_hitting_time_against_quadrature():
     "neurons",
     [10, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 2, 3, 50))],
 )
-@pytest.mark.parametrize("jump", [0.5, 0.12])
+@pytest.mark.parametrize("jump", [pytest.param(0.5, marks=pytest.mark.slow), 0.12])
 def test_distribution_of_the_hitting_time_against_simulation(neurons, jump):
     step, count = tts.PiecewiseConstant([jump], [0.0, 2.0]), 20_000
     sample = theory.sample_hitting_times(step, neurons, key=jax.random.key(neurons), count=count)

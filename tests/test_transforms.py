@@ -180,7 +180,7 @@ def test_derivatives_of_hitting_times_agree_with_central_differences():
     check_reverse_mode(lambda p: hitting_times(p) @ np.array([1.0, 2.0]), rtol=1e-8)
 
 
-@pytest.mark.parametrize("dynamics", ["flow", "limit"])
+@pytest.mark.parametrize("dynamics", ["flow", pytest.param("limit", marks=pytest.mark.slow)])
 def test_gradients_through_the_stiff_solver_are_those_of_the_matrix_exponential(dynamics):
     problem, tau = toy.linear(), [0.3, 1.0]
     state = problem.init(key=jax.random.key(3))

@@ -137,7 +137,8 @@ def dense(problem):
     return eqx.tree_at(lambda one: one._data, problem, None, is_leaf=lambda leaf: leaf is None)
 
 
-@pytest.mark.parametrize("sample", [pytest.param(None, marks=pytest.mark.slow), 9])
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [None, 9])
 def test_the_circle_is_what_the_definition_says(sample):
     problem, slow = small("circle", samples=40, width=20)
     plain = dense(problem)
@@ -189,6 +190,7 @@ def test_steps_are_those_of_the_published_algorithm():
 # --- the other dynamics ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_and_flow_tend_to_the_limit():
     problem, slow = small("circle", width=4, samples=25, penalty=0.5)
     problem = dense(problem)  # quicker to compile
@@ -236,7 +238,9 @@ def test_minibatches_with_a_running_mean():
 # --- what is singular, and what is large ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "samples"), [("circle", 30), ("torus", 4)])
+@pytest.mark.parametrize(
+    ("shape", "samples"), [("circle", 30), pytest.param("torus", 4, marks=pytest.mark.slow)]
+)
 def test_without_a_penalty_the_weights_are_those_nearest_to_the_prior(shape, samples):
     """λ = 0 with equal features, and with more features than data: finite, and it is told."""
     problem, slow = small(shape, penalty=0.0, samples=samples)
@@ -255,6 +259,7 @@ def test_without_a_penalty_the_weights_are_those_nearest_to_the_prior(shape, sam
     assert np.isfinite(done.loss[0, 0])
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     """N = 1e5 and M = 4096: compiled, not run. The features alone would be 3.3 GB."""
     inputs, labels = np.zeros((100_000, 2)) + 0.5, np.zeros(100_000)

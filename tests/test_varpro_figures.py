@@ -27,6 +27,10 @@ TINY = dataclasses.replace(
 )
 
 
+# the notebook runs the same experiments
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """All cases at the base's width, so that they share what is compiled."""
