@@ -2,7 +2,11 @@
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -56,26 +60,35 @@ class Memory:
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
 
+VOTE = r'@"llvm.nvvm.vote.any.sync"'
+
+
+def program():
+    """The text of the program, for this CPU: what a GPU knows becomes a global variable."""
+    module = ir.Module("banded")
+    module.triple = llvm.get_process_triple()
+    Program(module, Target(1, fused=has_fma(), cuda=True))
+    text = str(module).replace("ptx_kernel ", "").replace("convergent", "")
+    sreg = r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]*)"'
+    known = r'@"\1" = global i32 0 define i32 @"get.\1"() { %v = load i32, ptr @"\1" ret i32 %v }'
+    text = re.sub(rf"declare i32 @{sreg}\(\)", known, text)
+    return re.sub(f"@{sreg}", r'@"get.\1"', text)
+
+
+def know(engine, name, value):
+    address = engine.get_global_value_address(name)
+    ctypes.c_int32.from_address(address).value = value
+
+
 class Device:
     """As `cuda.Device`: threads run in turn, and a warp votes as its only thread does."""
 
     capability = (9, 0)
 
     def __init__(self):
-        module = ir.Module("banded")
-        module.triple = llvm.get_process_triple()
-        Program(module, Target(1, fused=has_fma(), cuda=True))
-        text = str(module).replace("ptx_kernel ", "").replace("convergent", "")
-        # what a GPU knows becomes a global variable
-        sreg = r'"llvm\.nvvm\.read\.ptx\.sreg\.([a-z.]*)"'
-        known = (
-            r'@"\1" = global i32 0 define i32 @"get.\1"() { %v = load i32, ptr @"\1" ret i32 %v }'
-        )
-        text = re.sub(rf"declare i32 @{sreg}\(\)", known, text)
-        text = re.sub(f"@{sreg}", r'@"get.\1"', text)
-        vote = r'declare i1 @"llvm.nvvm.vote.any.sync"\([^)]*\)'
-        text = re.sub(vote, 'define i1 @"vote"(i32 %all, i1 %own) { ret i1 %own }', text)
-        self.engine = compiled(text.replace('@"llvm.nvvm.vote.any.sync"', '@"vote"'))
+        own = 'define i1 @"vote"(i32 %all, i1 %own) { ret i1 %own }'
+        text = re.sub(rf"declare i1 {VOTE}\([^)]*\)", own, program())
+        self.engine = compiled(re.sub(VOTE, '@"vote"', text))
 
     def free_memory(self):
         return 1 << 30
@@ -87,23 +100,76 @@ class Device:
     def launch(self, kernel, blocks, threads, arguments):
         form = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))
         call = form(self.engine.get_function_address(kernel))
-
-        def know(name, value):
-            address = self.engine.get_global_value_address(name)
-            ctypes.c_int32.from_address(address).value = value
-
-        know("ntid.x", threads)
-        know("nctaid.x", blocks)
+        know(self.engine, "ntid.x", threads)
+        know(self.engine, "nctaid.x", blocks)
         for block in reversed(range(blocks)):
             for thread in range(threads):
-                know("ctaid.x", block)
-                know("tid.x", thread)
+                know(self.engine, "ctaid.x", block)
+                know(self.engine, "tid.x", thread)
                 call(*arguments)
+
+
+class Warp(Device):
+    """The threads of a warp side by side, each with a copy of the program; a vote waits for all.
+
+    A GPU may wait for ever where threads of a warp vote at different places. Here that is told.
+    """
+
+    def __init__(self):
+        vote = """@"ballot" = global ptr null
+        define i1 @"vote"(i32 %place, i1 %own) convergent noinline {
+            %asked = load ptr, ptr @"ballot"
+            %one = zext i1 %own to i32
+            %answer = call i32 %asked(i32 %place, i32 %one)
+            %any = icmp ne i32 %answer, 0
+            ret i1 %any
+        }"""
+        text = re.sub(rf"declare i1 {VOTE}\([^)]*\)", vote, program())
+        places = itertools.count()
+        text = re.sub(rf"{VOTE}\(i32 -1", lambda _: f'@"vote"(i32 {next(places)}', text)
+        self.engines = [compiled(text, opt=0) for _ in range(cuda.WARP)]
+        self.votes = 0
+
+    def launch(self, kernel, blocks, threads, arguments):
+        form = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))
+        ballot = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+        for block in range(blocks):
+            met = threading.Barrier(threads)
+            asked = [(0, 0)] * threads
+
+            def vote(place, own, thread, met=met, asked=asked):
+                asked[thread] = place, own
+                met.wait(60)
+                votes = list(asked)
+                met.wait(60)
+                if len({place for place, _ in votes}) > 1:
+                    met.abort()
+                self.votes += thread == 0
+                return int(any(own for _, own in votes))
+
+            def run(thread, block=block, met=met, vote=vote):
+                engine = self.engines[thread]
+                for name, value in (("ntid", threads), ("nctaid", blocks), ("ctaid", block)):
+                    know(engine, f"{name}.x", value)
+                know(engine, "tid.x", thread)
+                asks = ballot(functools.partial(vote, thread=thread))
+                place = ctypes.c_void_p.from_address(engine.get_global_value_address("ballot"))
+                place.value = ctypes.cast(asks, ctypes.c_void_p).value
+                form(engine.get_function_address(kernel))(*arguments)
+                met.wait(60)  # all end after the same vote
+
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(run, range(threads)))
 
 
 @pytest.fixture(scope="module")
 def device():
     return Device()
+
+
+@pytest.fixture(scope="module")
+def warp():
+    return Warp()
 
 
 @pytest.fixture
@@ -112,6 +178,22 @@ def gpu(device, monkeypatch):
     monkeypatch.setattr(_banded_machine, "_gpu", lambda: (device, "banded_flow"))
     monkeypatch.setattr(cuda, "missing", lambda: None)
     return monkeypatch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("neurons", "eta", "epsilon"), [(5, 4e-3, 0.1), (5, 4e-3, None), (8, 0.1, 0.1)]
+)
+def test_the_threads_of_a_warp_vote_together(neurons, eta, epsilon, warp, gpu):
+    """Else a GPU could wait for ever. The second warp is not full."""
+    gpu.setattr(_banded_machine, "_gpu", lambda: (warp, "banded_flow"))
+    options = {"epsilon": epsilon} if epsilon else {}
+    before = warp.votes
+    found = compare(
+        tts.flow if epsilon else tts.limit, neurons, eta, starts(40, neurons, eta), **options
+    )
+    assert np.all(found.success)
+    assert warp.votes - before > 1000
 
 
 def compare(method, neurons, eta, slow, **options):

@@ -27,7 +27,7 @@ def vector_lanes(dtype: np.dtype) -> int:
     return size // dtype.itemsize
 
 
-def compiled(text: str) -> Any:
+def compiled(text: str, *, opt: int = 3) -> Any:
     """An engine that holds the functions of LLVM's `text`, optimised for this processor."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -36,9 +36,9 @@ def compiled(text: str) -> Any:
     # vectors are written at the width they shall have
     features = f"{llvm.get_host_cpu_features().flatten()},-prefer-256-bit"
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
+        cpu=llvm.get_host_cpu_name(), features=features, opt=opt, jit=True
     )
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options = llvm.create_pipeline_tuning_options(speed_level=opt)
     options.loop_vectorization = options.slp_vectorization = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
