@@ -58,15 +58,34 @@ def reproduced(name, folder, capsys):
     assert "recovered" not in said
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "single_location_published",
-        pytest.param("single_location_basins", marks=pytest.mark.slow),
-    ],
-)
-def test_figures_of_descent(name, folder, capsys):
-    reproduced(name, folder, capsys)
+def test_the_published_figure_and_its_table(folder, capsys):
+    reproduced("single_location_published", folder, capsys)
+    run = single_location.load_data(folder, "single_location_published")["small_gain"]
+    ends = {"kappa": [-0.99, 0.99, 0.0], "nu": [-0.99, -0.99, 0.0], "eta": [0.0, 0.0, -1.0]}
+    observables = dict(run.observables)
+    for seen, values in ends.items():
+        observables[seen] = np.repeat(np.array(values)[:, None], 3, axis=1)
+    status = np.array([0, 0, int(tts.Status.DIVERGED)], np.int32)
+    told = dataclasses.replace(run, observables=observables, status=status)
+    table = single_location.table("single_location_published", {"small_gain": told}, 1.0)
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert (row["found"], row["swapped"], row["failed"]) == ("1", "1", "1")
+    assert (row["λ"], row["ε"], row["|κ|"]) == ("0.1", "1", "0.99")
+
+
+@pytest.mark.slow
+def test_the_basins_and_their_starts(folder, capsys):
+    reproduced("single_location_basins", folder, capsys)
+    data = single_location.load_data(folder, "single_location_basins")
+    axis = np.array([-0.75, -0.25, 0.25, 0.75])
+    for seen, expected in (("kappa", np.repeat(axis, 4)), ("nu", np.tile(axis, 4))):
+        np.testing.assert_allclose(data["basins"].observables[seen][:, 0], expected)
+    assert np.all(data["basins"].observables["manifold_distance"] == 0.0)
+    around = data["basins_around"].observables
+    small = np.array([-0.125, 0.125])
+    np.testing.assert_allclose(around["kappa"][:, 0], np.repeat(small, 4))
+    np.testing.assert_allclose(around["nu"][:, 0], np.tile(np.repeat(small, 2), 2))
+    assert np.all(around["manifold_distance"][:, 0] > 0.0)
 
 
 @pytest.mark.slow
@@ -86,33 +105,6 @@ def test_the_experiments_with_a_schedule_share_the_figure():
     data = single_location.compute(TINY, ("small_gain", "schedule", "batches"))
     assert isinstance(single_location.draw_published(data), Figure)
     assert float(data["batches"].settings["epsilon"]) == 0.5  # in a hurry
-
-
-def test_the_starts_of_the_basins(folder):
-    data = single_location.load_data(folder, "single_location_basins")
-    axis = np.array([-0.75, -0.25, 0.25, 0.75])
-    for seen, expected in (("kappa", np.repeat(axis, 4)), ("nu", np.tile(axis, 4))):
-        np.testing.assert_allclose(data["basins"].observables[seen][:, 0], expected)
-    assert np.all(data["basins"].observables["manifold_distance"] == 0.0)
-    around = data["basins_around"].observables
-    small = np.array([-0.125, 0.125])
-    np.testing.assert_allclose(around["kappa"][:, 0], np.repeat(small, 4))
-    np.testing.assert_allclose(around["nu"][:, 0], np.tile(np.repeat(small, 2), 2))
-    assert np.all(around["manifold_distance"][:, 0] > 0.0)
-
-
-def test_the_table_counts(folder):
-    run = single_location.load_data(folder, "single_location_published")["small_gain"]
-    ends = {"kappa": [-0.99, 0.99, 0.0], "nu": [-0.99, -0.99, 0.0], "eta": [0.0, 0.0, -1.0]}
-    observables = dict(run.observables)
-    for seen, values in ends.items():
-        observables[seen] = np.repeat(np.array(values)[:, None], 3, axis=1)
-    status = np.array([0, 0, int(tts.Status.DIVERGED)], np.int32)
-    told = dataclasses.replace(run, observables=observables, status=status)
-    table = single_location.table("single_location_published", {"small_gain": told}, 1.0)
-    row = dict(zip(table.header, table.rows[0], strict=True))
-    assert (row["found"], row["swapped"], row["failed"]) == ("1", "1", "1")
-    assert (row["λ"], row["ε"], row["|κ|"]) == ("0.1", "1", "0.99")
 
 
 def test_what_is_not_there_is_refused(tmp_path):
