@@ -248,7 +248,7 @@ def test_loading_a_file_that_is_no_netcdf_is_refused(tmp_path):
 
 
 def test_loading_half_a_file_is_refused(tmp_path):
-    path = sharp_limit()().save(tmp_path / "run.nc")
+    path = limit()().save(tmp_path / "run.nc")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged or not netCDF"):
         tts.load(path)
@@ -259,6 +259,6 @@ def test_saving_into_no_folder_names_the_path(folder, tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / folder / "run.nc"
     with pytest.raises(OSError, match="Choose a folder that exists, is writable") as refused:
-        sharp_limit()().save(path)
+        limit()().save(path)
     assert f"`{path}`" in str(refused.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
