@@ -253,5 +253,11 @@ def test_engines_that_cannot_be_used_are_refused(problem, separated):
         tts.flow(problem, separated, engine="fast", **setting)
     with pytest.raises(ValueError, match="'diffrax' together with `solver`"):
         tts.flow(problem, separated, engine="simd", solver="tsit5", **setting)
+    for method, own in ((tts.flow, setting), (tts.limit, {"tau": [0.1]})):
+        with pytest.raises(ValueError, match="'cuda', but JAX computes on cpu.*Leave `engine` out"):
+            method(problem, separated, engine="cuda", **own)
+    other = tts.Univariate(problem.target, neurons=20, eta=problem.eta, activation="ramp")
+    with pytest.raises(ValueError, match="'cuda', which this `Univariate` does not have"):
+        tts.flow(other, separated, engine="cuda", **setting)
     with pytest.raises(ValueError, match="inside a transformation"):
         jax.jit(lambda s: tts.flow(problem, s, engine="simd", **setting).loss)(separated)

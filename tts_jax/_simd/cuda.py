@@ -18,6 +18,7 @@ import numpy as np
 
 
 WARP = 32  # threads that execute together
+TRIPLE = "nvptx64-nvidia-cuda"  # LLVM's name of the target
 _MAJOR, _MINOR = 75, 76  # attributes of a device, by the driver's numbers
 _MAX_REGISTERS, _ERROR_LOG, _ERROR_LOG_BYTES = 0, 5, 6  # options of its compiler
 _OLDEST = 7  # compute capability whose threads meet again after a branch by themselves
@@ -82,7 +83,7 @@ def ptx(text: str, capability: tuple[int, int]) -> str:
     llvm.initialize_all_asmprinters()
     module = llvm.parse_assembly(text)
     module.verify()
-    target = llvm.Target.from_triple("nvptx64-nvidia-cuda")
+    target = llvm.Target.from_triple(TRIPLE)
     # newer GPUs run what is written for Hopper
     major, minor = min(capability, (9, 0))
     machine = target.create_target_machine(cpu=f"sm_{major}{minor}", features="+ptx78", opt=3)
@@ -155,7 +156,7 @@ class Device:
         _call("cuCtxSynchronize")
 
 
-class Room:
+class Output:
     """An array of JAX's, of NaN, that kernels write into.
 
     Attributes:
@@ -168,7 +169,7 @@ class Room:
             self.array = jnp.full(shape, np.nan, np.float64).block_until_ready()
         self.address = self.array.unsafe_buffer_pointer()
 
-    def __getitem__(self, rows: slice) -> "Room":
+    def __getitem__(self, rows: slice) -> "Output":
         """Some of its rows."""
         part = copy.copy(self)
         size = self.array.nbytes // max(len(self.array), 1)
@@ -186,8 +187,9 @@ class Memory:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        # if a kernel has failed, so does this: what is told is the first error
         for address in self._held:
-            _call("cuMemFree_v2", address)
+            _driver().cuMemFree_v2(address)
 
     def reserve(self, size: int) -> int:
         """The address of `size` bytes, which hold anything."""

@@ -23,13 +23,12 @@ EMPTY = ("record_state", "record_order", "which", "condition")  # at the start, 
 class Machine(Protocol):
     """Threads that share one problem and its starts."""
 
-    # `loss`, `fast` and `slow` may be rooms on the GPU, where they stay
     def run(self, entry: str, which: np.ndarray | None = None) -> None:
         """Have all threads call `advance`, or `settle` or `finish` for the listed states."""
         ...
 
     def fetch(self, *names: str) -> None:
-        """Fill the host's arrays of these names with what was computed."""
+        """Fill the host's arrays of these names with what was computed; a `cuda.Output` stays."""
         ...
 
 
@@ -58,6 +57,18 @@ def _table(first: int, lanes_first: int, length: int, offsets: list[int], shared
     return np.array([*(first + 8 * start for start in offsets), *indices, *shared], np.int64)
 
 
+def _text(target: Any, triple: str) -> str:
+    """The engine as LLVM reads it."""
+    from llvmlite import ir
+
+    from tts_jax.problems._banded_program import Program
+
+    module = ir.Module("banded")
+    module.triple = triple
+    Program(module, target)
+    return str(module)
+
+
 # --- CPU ----------------------------------------------------------------------------------------
 
 
@@ -65,16 +76,11 @@ def _table(first: int, lanes_first: int, length: int, offsets: list[int], shared
 def _entries(lanes: int) -> tuple[Any, dict[str, Any]]:
     """The compiled engine and its entry points, for vectors of `lanes`."""
     import llvmlite.binding as llvm
-    from llvmlite import ir
 
     from tts_jax._simd.machine import compiled
     from tts_jax._simd.writer import Target
-    from tts_jax.problems._banded_program import Program
 
-    module = ir.Module("banded")
-    module.triple = llvm.get_process_triple()
-    Program(module, Target.cpu(lanes))
-    engine = compiled(str(module))
+    engine = compiled(_text(Target.cpu(lanes), llvm.get_process_triple()))
     kinds = {"advance": 1, "settle": 3, "finish": 3}
     entries = {
         name: ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * (count - 1))(
@@ -140,15 +146,9 @@ class Threads:
 @functools.cache
 def kernel_text(capability: tuple[int, int]) -> str:
     """The engine in PTX for GPUs of this compute capability."""
-    from llvmlite import ir
-
     from tts_jax._simd.writer import Target
-    from tts_jax.problems._banded_program import Program
 
-    module = ir.Module("banded")
-    module.triple = "nvptx64-nvidia-cuda"
-    Program(module, Target(1, fused=True, cuda=True))
-    return cuda.ptx(str(module), capability)
+    return cuda.ptx(_text(Target(1, fused=True, cuda=True), cuda.TRIPLE), capability)
 
 
 @functools.cache
@@ -172,15 +172,6 @@ def most_starts(neurons: int, stride: int, times: int) -> int:
     return max(starts // cuda.WARP, 1) * cuda.WARP
 
 
-@contextmanager
-def grid(
-    starts: int, neurons: int, stride: int, shared: dict[str, np.ndarray]
-) -> Iterator[Machine]:
-    """The threads of JAX's GPU, which is the current one meanwhile."""
-    with _gpu()[0].current(), cuda.Memory() as memory:
-        yield Grid(starts, neurons, stride, shared, memory)
-
-
 class Grid:
     """Threads of the current GPU, each with one lane and its memory, which `memory` holds."""
 
@@ -202,7 +193,7 @@ class Grid:
         threads = self._blocks * cuda.WARP
 
         def placed(name: str, array: Any) -> int:
-            if isinstance(array, cuda.Room):
+            if isinstance(array, cuda.Output):
                 return array.address
             return memory.reserve(array.nbytes) if name in EMPTY else memory.copy_of(array)
 
@@ -228,3 +219,22 @@ class Grid:
         for name in names:
             if isinstance(self._shared[name], np.ndarray):
                 self._memory.read(self._addresses[name], self._shared[name])
+
+
+@contextmanager
+def machine(
+    starts: int,
+    neurons: int,
+    stride: int,
+    shared: dict[str, np.ndarray],
+    *,
+    lanes: int | None,
+    threads: int,
+    on_gpu: bool,
+) -> Iterator[Machine]:
+    """Threads of the CPU with vectors of `lanes`, or those of JAX's GPU."""
+    if not on_gpu:
+        yield Threads(starts, neurons, stride, shared, lanes=lanes, threads=threads)
+        return
+    with _gpu()[0].current(), cuda.Memory() as memory:
+        yield Grid(starts, neurons, stride, shared, memory)

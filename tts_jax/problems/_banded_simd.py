@@ -1,6 +1,5 @@
 """The banded engine: starts in SIMD lanes of CPUs or the threads of a GPU, compiled by LLVM."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -119,11 +118,11 @@ def solve(
 
 def _blank(starts: int, times: int, neurons: int, *, on_gpu: bool = False) -> dict[str, Any]:
     """Room for the answer; records on the host hold anything."""
-    room = cuda.Room if on_gpu else np.empty
+    records = cuda.Output if on_gpu else np.empty
     return {
-        "fast": room((starts, times, neurons + 1)),
-        "slow": room((starts, times, neurons)),
-        "loss": room((starts, times)),
+        "fast": records((starts, times, neurons + 1)),
+        "slow": records((starts, times, neurons)),
+        "loss": records((starts, times)),
         "condition": np.empty((starts, times)),
         "status": np.full(starts, int(Status.SOLVER_FAILED), np.int64),
         "steps": np.zeros(starts, np.int64),
@@ -160,7 +159,7 @@ def _solve_groups(
         cut = slice(begin, begin + chunk)
         solve_some(cut, {name: value[cut] for name, value in answer.items()}, on_gpu)
     answer = {
-        name: value.array if isinstance(value, cuda.Room) else value
+        name: value.array if isinstance(value, cuda.Output) else value
         for name, value in answer.items()
     }
     beyond = np.flatnonzero(answer["status"] == TOO_WIDE)
@@ -274,13 +273,8 @@ def _solve_chunk(
         "which": np.empty(starts * times, np.int64),
         "visits": _visits(places, eta),
     }
-    with ExitStack() as held:
-        if on_gpu:
-            machine = held.enter_context(_banded_machine.grid(starts, m, stride, shared))
-        else:
-            machine = _banded_machine.Threads(
-                starts, m, stride, shared, lanes=lanes, threads=threads
-            )
+    where: dict[str, Any] = {"lanes": lanes, "threads": threads, "on_gpu": on_gpu}
+    with _banded_machine.machine(starts, m, stride, shared, **where) as machine:
         if reduced:
             machine.run("settle", np.arange(starts))
         machine.run("advance")
