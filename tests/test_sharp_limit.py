@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.integrate import solve_ivp
 
 import tts_jax as tts
+from tts_jax import _sharp_limit
 from tts_jax.problems import _sharp
 
 
@@ -384,6 +385,28 @@ def test_a_lane_alone_has_the_answer_of_the_batch():
         (alone,) = sharp([starts[lane]])
         for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together[lane]), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-14)
+
+
+def test_many_starts_are_solved_in_parts(monkeypatch):
+    """By threads, the last part with spare lanes; in each, blocks that overlap."""
+    monkeypatch.setattr(_sharp_limit, "PART", 64)
+    monkeypatch.setattr(_sharp, "PART", 50)
+    monkeypatch.setattr(_sharp, "BLOCK", 32)
+    rng = np.random.default_rng(6)
+    slow = rng.random((3, 50, NEURONS))
+    jumps, values = np.array([0.2, 0.35, 0.6, 0.9])[:COUNT], np.array([1.0, 3, -1, 2, 0.5])
+    problem = tts.Univariate(tts.PiecewiseConstant(jumps, values), neurons=NEURONS)
+    run = tts.sharp_limit(problem, problem.state(slow=slow), tau=TAU)
+    assert all(isinstance(leaf, jax.Array) for leaf in (run.slow, run.status, run.events["time"]))
+    assert run.slow.shape == (3, 50, len(TAU), NEURONS)
+    flat = slow.reshape(-1, NEURONS)
+    expected = [sharp([(u, jumps, values) for u in flat[k : k + LANES]]) for k in range(0, 150, 24)]
+    expected = [one for some in expected for one in some]
+    for name, ours in (("slow", run.slow), ("fast", run.fast), ("loss", run.loss)):
+        theirs = np.reshape([one[name] for one in expected], ours.shape)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+    hits = np.reshape([one["stats"]["hitting_time"] for one in expected], (3, 50, -1))
+    np.testing.assert_allclose(run.stats["hitting_time"], hits, rtol=1e-12)
 
 
 # --- derivatives ----------------------------------------------------------------------------------

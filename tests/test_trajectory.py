@@ -12,6 +12,7 @@ import toy
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tts_jax as tts
+from tts_jax import _trajectory
 
 
 TARGET = tts.PiecewiseConstant([0.4, 0.7], [1.0, 3.0, 0.0])
@@ -310,3 +311,25 @@ def test_a_problem_without_a_sharp_limit_says_so(linear):
     problem, states = linear
     with pytest.raises(TypeError, match="`Linear` has no sharp limit.*Use `limit`"):
         tts.sharp_limit(problem, states, tau=[0.1])
+
+
+def test_a_gpu_looks_at_so_many_states_at_a_time(linear, monkeypatch):
+    """XLA takes minutes to compile a reduction over a large array for a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_trajectory, "TOGETHER", 7)
+    problem, *_ = linear
+    slow = np.random.default_rng(0).random((4, 5))
+    fast = {"a": slow[..., None] * [1.0, 2.0]}
+    most = []
+
+    def total(problem, fast, slow):
+        most.append(jnp.shape(slow))
+        return {"sum": slow + jnp.sum(fast["a"], axis=-1), "pair": fast["a"]}
+
+    found = _trajectory.over_lanes(total, 2, problem, fast, slow)
+    assert set(most) == {()}
+    assert_allclose(found["sum"], 4 * slow, rtol=1e-15)
+    assert_array_equal(found["pair"], fast["a"])
+    text = _trajectory.over_lanes.lower(total, 2, problem, fast, slow).as_text()
+    assert "tensor<7x2xf64>" in text
+    assert "while" in text

@@ -3,6 +3,7 @@
 Everything here only makes things faster. Without it every answer is the same up to rounding.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,6 +88,27 @@ def loops_run_inline() -> bool:
 def loop_compiler_options(platform: str) -> dict[str, Any]:
     """Options for `jax.jit(compiler_options=...)` of the lane loops."""
     return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
+
+
+def small_array_options(platform: str) -> dict[str, Any]:
+    """Options for `jax.jit(compiler_options=...)` of arithmetic on small arrays.
+
+    Else XLA on a CPU leaves simple operations to a library, which makes one pass over memory for
+    each of them.
+    """
+    wanted = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    on_cpu = platform == "cpu"
+    return {name: value for name, value in wanted.items() if on_cpu and _takes(name, value)}
+
+
+@functools.cache
+def _takes(option: str, value: Any) -> bool:
+    """Whether this release of XLA has a compiler option."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @jax.jit

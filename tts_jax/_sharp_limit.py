@@ -1,6 +1,10 @@
 """The sharp limit: the two-timescale limit ε → 0, and then the width of the steps η → 0."""
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
@@ -11,9 +15,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tts_jax import _compat, checks
 from tts_jax._integrate import check_start
-from tts_jax._precision import double_precision, require_double_precision
+from tts_jax._precision import double_precision, on_host, require_double_precision
 from tts_jax._problem import AbstractProblem, State, batch_shape
+from tts_jax._simd.memory import aligned
 from tts_jax._trajectory import Trajectory, raise_on_failure, record
+
+
+PART = 512  # starts that a thread of a CPU takes at a time, at most
 
 
 @double_precision
@@ -51,26 +59,80 @@ def sharp_limit(
     shape = batch_shape(problem, state)
     count = math.prod(shape)
     slow = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(shape) :]), slow)
-    traced = checks.is_traced(slow, tau, problem) or checks.inside_trace()
-    mesh = _compat.lane_mesh(jax.local_devices()[: 1 if traced else count])
-    # idle lanes of the last device repeat the first ones
-    padded = np.arange(-(-count // mesh.size) * mesh.size) % count
-    slow = jax.tree.map(lambda leaf: leaf[padded], slow)
-    answer = _on_devices(problem, slow, tau, mesh)
-    answer = jax.tree.map(lambda leaf: leaf[:count].reshape(*shape, *leaf.shape[1:]), answer)
+    if checks.is_traced(slow, tau, problem) or checks.inside_trace():
+        answer = problem.sharp(slow, tau)
+    else:
+        answer = _in_parts(problem, slow, tau)
+    answer = jax.tree.map(lambda leaf: leaf.reshape((*shape, *leaf.shape[1:])), answer)
+    if not on_host():
+        answer = jax.tree.map(jnp.asarray, answer)
     names = (*(f"batch_{axis}" for axis in range(len(shape) - 1)), "seed")[: len(shape)]
     trajectory = record(problem, method="sharp_limit", tau=tau, batch_dims=names, **answer)
     return raise_on_failure(trajectory) if throw else trajectory
 
 
-@eqx.filter_jit
-def _on_devices(
-    problem: AbstractProblem, slow: PyTree[Array], tau: Array, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-    numbers, static = eqx.partition((problem, tau), eqx.is_array)
+def _in_parts(problem: AbstractProblem, slow: PyTree[Array], tau: Array) -> dict[str, Any]:
+    """`problem.sharp` of all lanes: some at a time in each thread of a CPU, or once on each GPU.
 
-    def on_device(slow: PyTree[Array], numbers: Any) -> dict[str, Any]:
-        problem, tau = eqx.combine(numbers, static)
-        return problem.sharp(slow, tau)
+    Parts of few sizes need few compilations, and are copied into the answer from the cache.
+    """
+    devices = jax.local_devices()
+    on_cpu = devices[0].platform == "cpu"
+    slow = jax.tree.map(np.asarray, slow)  # so that nothing but the limit itself is compiled
+    count = jax.tree.leaves(slow)[0].shape[0]
+    size = min(1 << (count - 1).bit_length(), PART) if on_cpu else -(-count // len(devices))
+    parts = range(0, count, size)
+    workers = (devices[:1] * _compat.cores() if on_cpu else devices)[: len(parts)]
+    numbers, static = eqx.partition(problem, eqx.is_array)
 
-    return _compat.over_devices(on_device, mesh, (True, False))(slow, numbers)
+    def given(first: int, device: jax.Device) -> tuple[Any, ...]:
+        # spare lanes repeat the first ones
+        rows = np.arange(first, first + size) % count
+        return jax.device_put((numbers, jax.tree.map(lambda leaf: leaf[rows], slow), tau), device)
+
+    programs = {}
+    for device in set(workers):
+        leaves, structure = jax.tree.flatten(given(0, device))
+        shapes = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves
+        )
+        programs[device] = _compiled(static, structure, shapes)
+    program, form = programs[workers[0]]
+    if len(parts) == 1:
+        answer = program(*given(0, workers[0]))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], answer) if on_cpu else answer
+    whole = jax.tree.map(lambda leaf: aligned((count, *leaf.shape[1:]), leaf.dtype), form)
+
+    def solve(first: int, device: jax.Device) -> None:
+        with jax.enable_x64(True):  # a context of each thread
+            part = programs[device][0](*given(first, device))
+
+        def keep(all_lanes: np.ndarray, own: Array) -> None:
+            all_lanes[first : first + size] = np.asarray(own)[: count - first]
+
+        jax.tree.map(keep, whole, part)
+
+    with ThreadPoolExecutor(len(workers), thread_name_prefix="lanes") as pool:
+        list(pool.map(solve, parts, itertools.cycle(workers)))
+    return whole
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    static: AbstractProblem, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[Callable[..., Any], Any]:
+    """`problem.sharp`, and the form of its answer.
+
+    Args:
+        static: the problem without its arrays.
+        structure: the tree of these arrays, the starts and the times.
+        shapes: the forms of its leaves.
+    """
+
+    def sharp(numbers: Any, slow: PyTree[Array], tau: Array) -> dict[str, Any]:
+        return eqx.combine(numbers, static).sharp(slow, tau)
+
+    platform = next(iter(shapes[0].sharding.device_set)).platform
+    options = _compat.small_array_options(platform)
+    lowered = jax.jit(sharp, compiler_options=options).lower(*structure.unflatten(shapes))
+    return lowered.compile(), lowered.out_info

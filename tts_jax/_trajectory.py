@@ -3,6 +3,7 @@
 import enum
 import functools
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ from tts_jax.checks import is_traced
 
 if TYPE_CHECKING:
     import xarray
+
+
+# States that a GPU looks at together. Of larger arrays XLA tries other ways to compute a reduction,
+# and may take minutes to compile one of them.
+TOGETHER = 1 << 16
 
 
 class Status(enum.IntEnum):
@@ -399,7 +405,12 @@ def over_lanes(
 ) -> Any:
     """`function(problem, *states)` mapped over the first `leading` axes of the states."""
     mapped = functools.partial(function, problem)
-    for _ in range(leading):
+    lanes = jnp.shape(jax.tree.leaves(states)[0])[:leading]
+    if jax.default_backend() != "cpu" and math.prod(lanes) > TOGETHER:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), states)
+        found = jax.lax.map(lambda state: mapped(*state), flat, batch_size=TOGETHER)
+        return jax.tree.map(lambda leaf: leaf.reshape(*lanes, *leaf.shape[1:]), found)
+    for _ in lanes:
         mapped = _each(mapped) if one_by_one(problem) else jax.vmap(mapped)
     return mapped(*states)
 

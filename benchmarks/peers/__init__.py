@@ -245,7 +245,7 @@ SHARP_PEER = _flow_peer(
     "sharp-limit",
     "tts_jax, `sharp_limit`",
     _FLOW,
-    {"configure": True, "method": "sharp_limit"},
+    {"method": "sharp_limit"},  # has threads of its own
     own=True,
 )
 

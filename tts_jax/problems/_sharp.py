@@ -259,35 +259,53 @@ def sharp_trajectories(
     count = jumps.shape[0]
     if count == 0:  # nothing moves: as with a jump of no height
         jumps, values = jnp.full(1, 0.5), jnp.concatenate([values, values])
-    room = capacity(jumps.shape[0])
+    room, lanes = capacity(jumps.shape[0]), slow.shape[0]
 
-    def part(slow: Array) -> dict[str, Any]:
+    def part(at: Array | int, slow: Array, answer: dict[str, Any] | None) -> dict[str, Any]:
+        """The answer of some lanes, in `answer` from `at` on."""
         line, real, layout, behind = jax.vmap(_lay_out, (0, None, None))(
             slow, jumps, jnp.diff(values)
         )
         ahead = advance(line, real, tau, room, numeric)
 
-        def finish(of: Any) -> dict[str, Any]:
-            slow, line, real, layout, behind, ahead = of
-            return _finish(slow, line, real, layout, behind, ahead, tau, jumps, values, numeric)
+        def block(first: Array | int, of: Any, answer: dict[str, Any] | None) -> dict[str, Any]:
+            new = _finish(*of, tau, jumps, values, numeric)
+            if answer is None:
+                return new
+            return jax.tree.map(
+                lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, at + first, 0),
+                answer,
+                new,
+            )
 
-        return _by_blocks(finish, (slow, line, real, layout, behind, ahead), BLOCK)
+        return _in_blocks(block, (slow, line, real, layout, behind, ahead), BLOCK, answer)
 
-    answer = _by_blocks(part, slow, PART)
+    answer = None
+    if lanes > BLOCK:
+        one = jax.eval_shape(lambda: part(0, slow[:BLOCK], None))
+        answer = jax.tree.map(lambda leaf: jnp.zeros((lanes, *leaf.shape[1:]), leaf.dtype), one)
+    answer = _in_blocks(part, slow, PART, answer)
     answer["stats"]["hitting_time"] = answer["stats"]["hitting_time"][:, :count]
     return answer
 
 
-def _by_blocks(function: Callable[[Any], Any], lanes: Any, size: int) -> Any:
-    """`function` of blocks of at most `size` lanes, one after the other."""
+def _in_blocks(
+    function: Callable[[Array | int, Any, Any], Any], lanes: Any, size: int, answer: Any
+) -> Any:
+    """`function(first, block, answer)` of blocks of at most `size` lanes, one after the other.
+
+    Blocks of one size cover lanes without copies of any: the last one may overlap the one before.
+    """
     count = jax.tree.leaves(lanes)[0].shape[0]
     if count <= size:
-        return function(lanes)
-    blocks = -(-count // size)
-    index = np.arange(blocks * size) % count
-    cut = jax.tree.map(lambda leaf: leaf[index].reshape(blocks, size, *leaf.shape[1:]), lanes)
-    answer = lax.map(function, cut)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], answer)
+        return function(0, lanes, answer)
+
+    def one(k: Array, answer: Any) -> Any:
+        first = jnp.minimum(k * size, count - size)
+        cut = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size), lanes)
+        return function(first, cut, answer)
+
+    return lax.fori_loop(0, -(-count // size), one, answer)
 
 
 def _finish(
@@ -314,14 +332,8 @@ def _finish(
     late = jax.vmap(lambda time: jnp.maximum(tau - time, 0.0))(lane.time)
     ends = apart(jax.vmap(_ends), count, pairs, real, late)
     entries = apart(jax.vmap(_entries), count, lane, s, pairs, ends, records)
-    fast, loss = apart(
-        jax.vmap(_fit, (0, 0, None, None)),
-        count,
-        entries,
-        layout,
-        jumps,
-        values,
-    )
+    level, loss = apart(jax.vmap(_levels, (0, None, None)), count, entries, jumps, values)
+    fast = apart(jax.vmap(_weights), count, entries, level, layout)
     answer = jax.vmap(_events)(lane, s, pairs, real, layout, behind)
     ends_well = lane.status == int(Status.SUCCESS)
     index = jnp.arange(tau.shape[0])
@@ -404,20 +416,14 @@ def _events(
     }
 
 
-def _fit(
+def _levels(
     entries: Float[Array, "n T"],
-    layout: Layout,
     jumps: Float[Array, " jumps"],
     values: Float[Array, " pieces"],
-) -> tuple[Float[Array, "m1 T"], Float[Array, " T"]]:
-    """Weights of the fit that is the mean of f* between entries, and its loss.
-
-    Neurons at the same place share a step evenly, which is the least norm. The bias is a step at
-    0; steps at 1 have no weight.
-    """
+) -> tuple[Float[Array, "n1 T"], Float[Array, " T"]]:
+    """The mean of f* between entries, and the loss of the fit that takes these values."""
     low, high = entries[:-1], entries[1:]
     length = high - low
-    valid = length > 0
     # f* between two entries is measured from its first level on: exact where it is constant
     base = jnp.broadcast_to(values[0], low.shape)
     area = jnp.zeros_like(low)
@@ -425,13 +431,24 @@ def _fit(
         base = jnp.where(jumps[k] <= low, values[k + 1], base)
         inside = (jumps[k] > low) & (jumps[k] < high)
         area += jnp.where(inside, (values[k + 1] - values[k]) * (high - jumps[k]), 0.0)
-    offset = area / jnp.where(valid, length, 1.0)
+    offset = area / jnp.where(length > 0, length, 1.0)
     loss = jnp.zeros_like(low)
     for k in range(jumps.shape[0] + 1):
         from_ = jnp.maximum(low, jumps[k - 1]) if k else low
         to = jnp.minimum(high, jumps[k]) if k < jumps.shape[0] else high
         loss += jnp.maximum(to - from_, 0.0) * ((values[k] - base) - offset) ** 2
-    level = base + offset
+    return base + offset, jnp.sum(loss, axis=0)
+
+
+def _weights(
+    entries: Float[Array, "n T"], level: Float[Array, "n1 T"], layout: Layout
+) -> Float[Array, "m1 T"]:
+    """Weights of the fit that takes these values between entries.
+
+    Neurons at the same place share a step evenly, which is the least norm. The bias is a step at
+    0; steps at 1 have no weight.
+    """
+    valid = entries[1:] > entries[:-1]
     # inside (0, 1) at most two entries share a place, and the plateau between them has no length
     left = jnp.where(valid, level, jnp.roll(level, 1, axis=0))[:-1]
     right = jnp.where(valid, level, jnp.roll(level, -1, axis=0))[1:]
@@ -444,4 +461,4 @@ def _fit(
     first = jnp.take_along_axis(level, jnp.argmax(valid, axis=0)[None], axis=0)
     bias = first / (1.0 + jnp.sum(jnp.where(at_start, size, 0.0), axis=0))
     share = jnp.where(at_start, bias, jnp.where(entries >= 1.0, 0.0, share))
-    return jnp.concatenate([bias, share[layout.entry]]), jnp.sum(loss, axis=0)
+    return jnp.concatenate([bias, share[layout.entry]])

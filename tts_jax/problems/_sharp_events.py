@@ -715,39 +715,59 @@ def run(
     lane = jax.vmap(start, (0, 0, None, None))(line, jumps, room, everything)
     records = jnp.zeros((blocks * size, entries, tau.shape[0] + WINDOW))
 
-    def block(limit: Array, of: tuple[Lane, Line, Jumps, Array]) -> tuple[Lane, Array]:
+    def block(
+        limit: Array, rows: Array, of: tuple[Lane, Line, Jumps], records: Array
+    ) -> tuple[Lane, Array]:
+        """Steps of one block, whose lanes record in these rows."""
+        lane, line, jumps = of
+
         def go_on(carry: tuple[Array, Lane, Array]) -> Array:
             return jnp.any(carry[1].active) & (carry[0] < limit)
 
         def body(carry: tuple[Array, Lane, Array]) -> tuple[Array, Lane, Array]:
             count, lane, records = carry
             outlook = look(count, lane, line.mobility, jumps)
-            new, window = jax.vmap(step, (0, _OUTLOOK_AXES, 0, 0, None, None))(
+            new, windows = jax.vmap(step, (0, _OUTLOOK_AXES, 0, 0, None, None))(
                 lane, outlook, line.mobility, jumps, padded, everything
             )
-            # what stands behind the recorded times that are done is written over later
-            records = jax.vmap(lambda r, w, i: lax.dynamic_update_slice(r, w, (0 * i, i)))(
-                records, window, lane.recorded
-            )
-            return count + 1, new, records
 
-        lane, line, jumps, records = of
+            # what stands behind the recorded times that are done is written over later
+            def write(i: Array, records: Array) -> Array:
+                return lax.dynamic_update_slice(
+                    records, windows[i][None], (rows[i], 0 * i, lane.recorded[i].astype(i.dtype))
+                )
+
+            return count + 1, new, lax.fori_loop(0, size, write, records)
+
         return lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), lane, records))[1:]
 
-    def one_round(carry: tuple[Array, Any], limit: Array) -> tuple[tuple[Array, Any], None]:
-        where, everyone = carry
+    def one_round(carry: Any, limit: Array) -> tuple[Any, None]:
+        rows, everyone, records = carry
         order = jnp.argsort(~everyone[0].active, stable=True)
-        everyone = jax.tree.map(lambda leaf: leaf[order], everyone)
-        cut = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), everyone)
-        cut = lax.map(lambda of: block(limit, of), cut)
-        lane, records = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cut)
-        return (where[order], (lane, *everyone[1:3], records)), None
+        rows, everyone = jax.tree.map(lambda leaf: leaf[order], (rows, everyone))
 
-    carry = jnp.arange(blocks * size), (lane, line, jumps, records)
+        def one_block(k: Array, carry: tuple[Lane, Array]) -> tuple[Lane, Array]:
+            lane, records = carry
+            own_rows, own = jax.tree.map(
+                lambda leaf: lax.dynamic_slice_in_dim(leaf, k * size, size),
+                (rows, (lane, *everyone[1:])),
+            )
+            new, records = block(limit, own_rows, own, records)
+            lane = jax.tree.map(
+                lambda leaf, own: lax.dynamic_update_slice_in_dim(leaf, own, k * size, 0), lane, new
+            )
+            return lane, records
+
+        # lanes that are done stand last, and are left alone
+        busy = -(-jnp.sum(everyone[0].active, dtype=rows.dtype) // size)
+        lane, records = lax.fori_loop(0 * busy, busy, one_block, (everyone[0], records))
+        return (rows, (lane, *everyone[1:]), records), None
+
+    carry = jnp.arange(blocks * size), (lane, line, jumps), records
     limits = ROUNDS if blocks > 1 else ROUNDS[-1:]
-    (where, everyone), _ = lax.scan(one_round, carry, jnp.asarray(limits, jnp.int32))
-    back = jnp.argsort(where)[:lanes]
-    lane, records = jax.tree.map(lambda leaf: leaf[back], (everyone[0], everyone[3]))
+    (rows, everyone, records), _ = lax.scan(one_round, carry, jnp.asarray(limits, jnp.int32))
+    back = jnp.argsort(rows)[:lanes]
+    lane, records = jax.tree.map(lambda leaf: leaf[back], everyone[0]), records[:lanes]
     status = jnp.where(lane.active, int(Status.SOLVER_FAILED), lane.status)
     return Ahead(lane._replace(status=status.astype(jnp.int32)), records[..., : tau.shape[0]])
 
