@@ -4,9 +4,10 @@
 
 m = 20 neurons at i.i.d. uniform positions, the paper's target, 100 recorded times up to τ = 0.035
 and up to 0.2. Seconds are those of the fastest of five calls, compilation apart; CPU seconds are
-the process's own, which other load on the machine does not lengthen. The error is the largest difference to SciPy's DOP853 at tolerance 1e-13 between events that its
-root finder locates (`tests/sharp_reference.py`), over the first starts; the weights follow from the
-positions. Printed besides: how the lanes ended, the events, and how many starts are decoupled.
+the process's own, which other load on the machine does not lengthen. The error is the largest
+difference to SciPy's DOP853 at tolerance 1e-13 between events that its root finder locates
+(`tests/sharp_reference.py`), over the first starts; the weights follow from the positions. Printed
+besides: how the lanes ended, the events, and how many starts are decoupled.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def _in_parts(problem: AbstractProblem, slow: PyTree[Array], tau: Array) -> dict
     workers = (devices[:1] * _compat.cores() if on_cpu else devices)[: len(parts)]
     numbers, static = eqx.partition(problem, eqx.is_array)
 
-    def given(first: int, device: jax.Device) -> tuple[Any, ...]:
+    def given(first: int, device: Any) -> tuple[Any, ...]:
         # spare lanes repeat the first ones
         rows = np.arange(first, first + size) % count
         return jax.device_put((numbers, jax.tree.map(lambda leaf: leaf[rows], slow), tau), device)
@@ -103,7 +103,7 @@ def _in_parts(problem: AbstractProblem, slow: PyTree[Array], tau: Array) -> dict
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], answer) if on_cpu else answer
     whole = jax.tree.map(lambda leaf: aligned((count, *leaf.shape[1:]), leaf.dtype), form)
 
-    def solve(first: int, device: jax.Device) -> None:
+    def solve(first: int, device: Any) -> None:
         with jax.enable_x64(True):  # a context of each thread
             part = programs[device][0](*given(first, device))
 

@@ -269,7 +269,8 @@ def sharp_trajectories(
         ahead = advance(line, real, tau, room, numeric)
 
         def block(first: Array | int, of: Any, answer: dict[str, Any] | None) -> dict[str, Any]:
-            new = _finish(*of, tau, jumps, values, numeric)
+            slow, line, real, layout, behind, ahead = of
+            new = _finish(slow, line, real, layout, behind, ahead, tau, jumps, values, numeric)
             if answer is None:
                 return new
             return jax.tree.map(
