@@ -154,7 +154,7 @@ def measure_flow(given: argparse.Namespace) -> Iterator[list[Row]]:
         one = answers[engines[0]]
         row = {
             "method": name,
-            "steps": float(np.mean(one.stats["steps"])),
+            "steps": float(np.mean(np.asarray(one.stats["steps"]))),
             "failed": int(np.sum(~np.asarray(one.success))),
             "same": all(
                 np.array_equal(np.asarray(one.slow), np.asarray(answer.slow), equal_nan=True)
