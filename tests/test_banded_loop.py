@@ -34,9 +34,9 @@ FOR_LIMIT = POSITIONS[[0, 1, 3, 5, 6]]
 @pytest.fixture(autouse=True, scope="module")
 def few_lanes():
     """Fewer lanes than starts, so that lanes are taken from the queue."""
-    before, _banded_loop.LANES = _banded_loop.LANES, 4
+    before, _banded_loop.LANES_CPU = _banded_loop.LANES_CPU, 4
     yield
-    _banded_loop.LANES = before
+    _banded_loop.LANES_CPU = before
 
 
 def starts(positions):

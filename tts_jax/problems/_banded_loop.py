@@ -6,8 +6,8 @@ S k_i = −∇L(y_i) + M Σ_j C_ij k_j/h with S = M/(γh) + ∇²L, a symmetric 
 factorisation per step serves. ε → 0 gives the reduced flow: an index-1 differential-algebraic
 system, for which the method is stiffly accurate.
 
-A lane is one start with one ε. `LANES` of them move together, lanes last, each with its own step
-size, and one that ends takes the next start from the queue, so that the work is the sum over
+A lane is one start with one ε. Some (`LANES`) of them move together, lanes last, each with its own
+step size, and one that ends takes the next start from the queue, so that the work is the sum over
 lanes. Neurons are kept in ascending order and sorted again after a step in which some crossed.
 """
 
@@ -29,9 +29,9 @@ from tts_jax.problems import _plateau
 from tts_jax.problems._plateau import Numbers, Pair, Places, Singles, Weighted
 
 
-# Lanes that move together: enough that a call of a small kernel costs little per lane, and few
-# enough that the stages of all lanes stay in the second-level cache.
-LANES = 128
+# Lanes that move together: enough that a call of a small kernel costs little per lane. On a CPU
+# more would be spread over threads, which takes longer than to compute them.
+LANES, LANES_CPU = 128, 16
 # Neighbours that are summed (and those of them in the matrix of the stages); a lane in which more
 # overlap begins anew with the next, and with all neighbours and a dense matrix in the end. A
 # matrix without the second neighbour's small entries costs no steps.
@@ -987,7 +987,9 @@ def _losses(y: Array, numbers: Numbers, width: Width) -> Float[Array, "lanes T"]
 
 def _lanes_for(count: int, width: Width, neurons: int) -> int:
     """Lanes that move together: a power of two, fewer where a lane is large."""
-    most = LANES if not width.dense else max(1, min(16, 40_000 // (2 * neurons + 1) ** 2))
+    most = LANES_CPU if jax.default_backend() == "cpu" else LANES
+    if width.dense:
+        most = max(1, min(16, 40_000 // (2 * neurons + 1) ** 2))
     return min(most, max(4, 1 << (count - 1).bit_length()))
 
 

@@ -281,13 +281,28 @@ def sharp_trajectories(
 
         return _in_blocks(block, (slow, line, real, layout, behind, ahead), BLOCK, answer)
 
-    answer = None
-    if lanes > BLOCK:
-        one = jax.eval_shape(lambda: part(0, slow[:BLOCK], None))
-        answer = jax.tree.map(lambda leaf: jnp.zeros((lanes, *leaf.shape[1:]), leaf.dtype), one)
-    answer = _in_blocks(part, slow, PART, answer)
+    blank = _blank(slow, tau, jumps.shape[0]) if lanes > BLOCK else None
+    answer = _in_blocks(part, slow, PART, blank)
     answer["stats"]["hitting_time"] = answer["stats"]["hitting_time"][:, :count]
     return answer
+
+
+def _blank(slow: Float[Array, "lanes m"], tau: Array, jumps: int) -> dict[str, Any]:
+    """Room for the answer."""
+    lanes, neurons = slow.shape
+    times, room = tau.shape[0], capacity(jumps)
+    names = jnp.zeros((lanes, room), jnp.int32)
+    return {
+        "fast": jnp.zeros((lanes, times, neurons + 1)),
+        "slow": jnp.zeros((lanes, times, neurons)),
+        "loss": jnp.zeros((lanes, times)),
+        "status": jnp.zeros(lanes, jnp.int32),
+        "stats": {"hitting_time": jnp.zeros((lanes, jumps)), "reached": jnp.zeros(lanes)},
+        "events": {
+            "time": jnp.zeros((lanes, room)),
+            **dict.fromkeys(("neuron", "jump", "kind"), names),
+        },
+    }
 
 
 def _in_blocks(
