@@ -154,7 +154,7 @@ FLOW_PEERS = (
         "xla",
         "tts_jax, `flow` in pure JAX",
         _FLOW,
-        {"configure": True, "engine": "loop"},
+        {"engine": "loop"},
         own=True,
         tolerances=_RUNGS[1:7],
     ),
